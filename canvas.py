@@ -1,0 +1,223 @@
+"""The temporal transformer, the canvas network, the noise on the canvas, and CanvasMAR, which joins them to MAR.
+
+CanvasMAR, arXiv 2510.13669. B clips, T frames, N tokens a frame, C channels a token, D model width.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+import config
+from diffloss import DiffLoss
+from mar import MAR, Block, choose_masked, mask_ratio, masked_count
+
+
+class CanvasMAR(nn.Module):
+    """Latent clips f (B, T, N, C) and random draws -> (loss, logs). Sampling is in `sample.py`."""
+
+    def __init__(self, cfg: config.Config):
+        super().__init__()
+        m, grid, channels = cfg.model, cfg.grid, cfg.tokenizer.channels
+        self.cfg, self.tokens, self.channels = m, grid**2, channels
+        self.start = nn.Parameter(torch.zeros(self.tokens, channels))  # stands before the first frame
+        self.null = nn.Parameter(torch.zeros(m.width))  # stands for a dropped z_t
+        self.temporal = Temporal(channels, m.width, m.heads, m.temporal_depth, grid, m.window)
+        self.canvas = Canvas(channels, m.width, m.heads, m.canvas_depth, grid) if m.canvas else None
+        self.mar = MAR(channels, m.width, m.heads, m.mar_depth, grid)
+        self.head = DiffLoss(channels, m.width, m.head_width, m.head_depth)
+
+    def forward(self, f, draws: "Draws"):
+        """L = L_diff + lambda L_canvas. Logs: loss, diffusion and, with a canvas, canvas and copy (the mean squared
+        error of the canvas and of the frame before, over frames that have one)."""
+        p = torch.cat([self.start.expand(len(f), 1, -1, -1), f[:, :-1]], dim=1)  # (B, T, N, C) the frame before each
+        z_t = self.temporal(p)  # (B, T, N, D)
+        logs, canvas_loss = {}, f.new_zeros(())
+        if self.canvas is None:
+            z_s = torch.zeros_like(z_t)  # the plain [MASK] token: the baseline
+        else:
+            z_s, guess = self.canvas(z_t, p)  # (B, T, N, D), (B, T, N, C)
+            error = (guess.float() - f).square()
+            canvas_loss = error.mean()
+            logs = {"canvas": error[:, 1:].mean().detach(), "copy": (f[:, 1:] - f[:, :-1]).square().mean()}
+            z_s = perturb(z_s, draws.sigma, draws.noise)  # canvas augmentation
+            z_s = torch.where(draws.drop_canvas[:, None, None, None], torch.zeros_like(z_s), z_s)
+        z_t = torch.where(draws.drop_temporal[:, None, None, None], self.null.to(z_t.dtype), z_t)
+
+        at = draws.masked[..., None]  # (B, K, 1) places of the masked tokens in T*N
+        masked = torch.zeros(f.shape[:3], dtype=torch.bool, device=f.device).flatten(1).scatter(1, draws.masked, True)
+        frames = partial(rearrange, pattern="b t n d -> (b t) n d")
+        c = self.mar(frames(f), masked.view(-1, self.tokens), frames(z_t), frames(z_s))  # (B*T, N, D)
+        c = c.view(len(f), -1, c.shape[-1])  # (B, T*N, D)
+        # The head sees the masked tokens only, always K of them.
+        target = f.flatten(1, 2).gather(1, at.expand(-1, -1, self.channels))  # (B, K, C)
+        c = c.gather(1, at.expand(-1, -1, c.shape[-1]))  # (B, K, D)
+        diffusion = self.head.loss(target, c, draws.tau, draws.eps).mean()
+        loss = diffusion + self.cfg.canvas_weight * canvas_loss
+        return loss, {"loss": loss.detach(), "diffusion": diffusion.detach(), **logs}
+
+    def draw(self, generators: list[torch.Generator], frames: int, ratio: float | None = None) -> "Draws":
+        """All randomness of one training step, one generator per clip, on the generators' device.
+
+        `ratio` fixes the mask ratio of every frame, otherwise it follows `mask_ratio`, stratified over a clip's frames.
+        """
+        m, n = self.cfg, self.tokens
+        k = masked_count(frames, n) if ratio is None else max(1, round(ratio * frames * n))
+
+        def each(kind, *shape):
+            return torch.stack([kind(*shape, generator=g, device=g.device) for g in generators])
+
+        u, order = each(torch.rand, frames), each(torch.rand, frames).argsort(-1)
+        share = mask_ratio((order + u) / frames) if ratio is None else torch.full_like(u, ratio)
+        rank = each(torch.rand, frames, n).argsort(-1)
+        drop = each(torch.rand, 2)
+        return Draws(
+            masked=choose_masked(share, rank, k),
+            tau=each(torch.rand, m.diffusion_repeat, k),
+            eps=each(torch.randn, m.diffusion_repeat, k, self.channels),
+            sigma=m.canvas_noise * each(torch.rand, frames),
+            noise=each(torch.randn, frames, n, m.width),
+            drop_temporal=drop[:, 0] < m.drop_temporal,
+            drop_canvas=drop[:, 1] < m.drop_canvas,
+        )
+
+
+@dataclass
+class Draws:
+    """The random numbers of one training step, R = diffusion_repeat, K masked tokens a clip."""
+
+    masked: torch.Tensor  # (B, K) places in T*N, no two alike in a clip
+    tau: torch.Tensor  # (B, R, K) in [0, 1)
+    eps: torch.Tensor  # (B, R, K, C) standard normal
+    sigma: torch.Tensor  # (B, T) level of the noise on the canvas, in [0, canvas_noise)
+    noise: torch.Tensor  # (B, T, N, D) standard normal
+    drop_temporal: torch.Tensor  # (B,) bool
+    drop_canvas: torch.Tensor  # (B,) bool
+
+    def undropped(self) -> "Draws":
+        """The same draws with both conditions kept and no noise on the canvas: what sampling sees."""
+        keep = torch.zeros_like(self.drop_temporal)
+        return replace(self, sigma=torch.zeros_like(self.sigma), drop_temporal=keep, drop_canvas=keep)
+
+
+def perturb(z_s, sigma, noise):
+    """Noise-based canvas augmentation: z_s' = z_s + sigma * noise. z_s, noise (B, T, N, D), sigma (B, T).
+
+    z_s leaves the canvas with unit variance per token, so sigma is relative to it: our choice.
+    """
+    return z_s + sigma[..., None, None] * noise
+
+
+class Temporal(nn.Module):
+    """The temporal transformer: p (B, T, N, C) -> z_t (B, T, N, D), causal across frames, bidirectional inside one.
+
+    Each frame attends to the latest `window` frames. Training and sampling share that window, so a rollout of any length
+    is what training saw (our choice, as are the rotary time positions and the difference to the frame before as input).
+    """
+
+    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int, window: int):
+        super().__init__()
+        self.window, self.tokens = window, grid**2
+        self.enter = nn.Linear(2 * channels, width)
+        self.position = nn.Parameter(0.02 * torch.randn(grid**2, width))
+        self.blocks = nn.ModuleList(Block(width, heads, grid) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        half = width // heads // 2
+        self.register_buffer("frequency", 100 ** (-torch.arange(half) / half), persistent=False)  # radians per frame
+
+    def forward(self, p):
+        frames = torch.arange(p.shape[1], device=p.device)
+        mask = frame_mask(p.shape[1], self.window, p.device)
+        mask = mask.repeat_interleave(self.tokens, 0).repeat_interleave(self.tokens, 1)  # (T*N, T*N)
+        turn = self._turn(frames.repeat_interleave(self.tokens))
+        before = torch.cat([p[:, :2], p[:, 1:-1]], dim=1)[:, : p.shape[1]]  # the start frame has no velocity to tell
+        x = self._embed(p, before).flatten(1, 2)  # (B, T*N, D)
+        for block in self.blocks:
+            x = block(x, turn=turn, mask=mask)
+        return self.norm(x).unflatten(1, p.shape[1:3])
+
+    def step(self, p, cache: "Cache"):
+        """One frame more: p (B, N, C), the frame before the one to come -> z_t (B, N, D). Equals `forward`."""
+        before = cache.previous if cache.index >= 2 else p
+        turn = self._turn(torch.full((self.tokens,), cache.index, device=p.device))
+        x = self._embed(p, before)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, turn=turn, cache=partial(cache.store, layer))
+        cache.previous, cache.index = p, cache.index + 1
+        return self.norm(x)
+
+    def _embed(self, p, before):
+        return self.enter(torch.cat([p, p - before], dim=-1)) + self.position
+
+    def _turn(self, frame):
+        return frame[:, None] * self.frequency
+
+
+class Cache:
+    """Keys and values of the latest `window` frames, layer by layer, in a ring of fixed size."""
+
+    def __init__(self, temporal: Temporal):
+        self.window, self.tokens, self.index, self.previous = temporal.window, temporal.tokens, 0, None
+        self.rings = [None] * len(temporal.blocks)
+
+    def store(self, layer, k, v):
+        """Put one frame's k, v (B, heads, N, d) over the oldest; return all that are held (their order is no matter)."""
+        if self.rings[layer] is None:
+            shape = (2, *k.shape[:2], self.window * self.tokens, k.shape[-1])
+            self.rings[layer] = k.new_empty(shape)
+        ring, slot = self.rings[layer], self.index % self.window * self.tokens
+        ring[0, :, :, slot : slot + self.tokens], ring[1, :, :, slot : slot + self.tokens] = k, v
+        held = min(self.index + 1, self.window) * self.tokens
+        return ring[0, :, :, :held], ring[1, :, :, :held]
+
+
+def frame_mask(frames: int, window: int, device=None):
+    """(T, T) bool: frame i may attend to frame j if i - window < j <= i."""
+    age = torch.arange(frames, device=device)[:, None] - torch.arange(frames, device=device)[None]
+    return (age >= 0) & (age < window)
+
+
+class Canvas(nn.Module):
+    """The canvas network: z_t and the frame before -> the canvas z_s (..., N, D) and its picture W z_s (..., N, C).
+
+    Frame by frame, one shot, trained with L2: the mean over possible futures, so it is blurred. The output is normalised
+    to unit variance per token, so that the noise of `perturb` has a known relative level.
+    """
+
+    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int):
+        super().__init__()
+        self.embed = nn.Linear(channels, width)
+        self.blocks = nn.ModuleList(Block(width, heads, grid) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.leave = nn.Linear(width, channels)  # W
+
+    def forward(self, z_t, p):
+        x = (z_t + self.embed(p)).flatten(0, -3)  # (frames, N, D)
+        for block in self.blocks:
+            x = block(x)
+        z_s = self.norm(x).view_as(z_t)
+        return z_s, self.leave(z_s)
+
+
+def clip_generator(seed: int, clip: int, device="cpu") -> torch.Generator:
+    """The stream of random numbers of one clip: (seed, clip index) alone decide it, never the batch or the machine."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence([seed, clip]).generate_state(1)[0]))
+
+
+@torch.no_grad()
+def validate(model: CanvasMAR, f, seed: int, ratios=(0.1, 0.3, 0.7, 1.0)) -> dict[str, float]:
+    """Losses on held-out latents f (B, T, N, C), nothing dropped, no noise on the canvas, the same draws every time.
+
+    `diffusion@r` is the diffusion loss at mask ratio r: it must fall with r, or the masked transformer ignores the tokens
+    it is given. `canvas` and `copy` are the mean squared errors of the canvas and of repeating the frame before.
+    """
+    result = {}
+    for ratio in ratios:
+        generators = [clip_generator(seed, clip, f.device) for clip in range(len(f))]
+        _, logs = model(f, model.draw(generators, f.shape[1], ratio).undropped())
+        result[f"diffusion@{ratio}"] = logs["diffusion"].item()
+    return result | {name: logs[name].item() for name in ("canvas", "copy") if name in logs}

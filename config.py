@@ -1,0 +1,273 @@
+"""Configuration: YAML file + `key.sub=value` overrides -> frozen dataclasses, checked before anything is built.
+
+`config.yaml` holds every value and says what each key means; the dataclasses below hold the type and the legal range
+of each. A file may begin with `base: other.yaml` and state only what differs from it.
+
+    cfg = load("config.yaml", ["model.width=192", "train.lr=1e-3"])
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+
+class UserError(Exception):
+    """Something the user can put right: one line on stderr and exit status 2, without a traceback (see `cli`)."""
+
+
+def cli(main):
+    """Run `main()`; a UserError becomes one line on stderr and exit status 2, ctrl-c exit status 130."""
+    try:
+        main()
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def one_of(*names):
+    return field(metadata={"choices": names})
+
+
+def within(low, high=math.inf):
+    return field(metadata={"low": low, "high": high})
+
+
+# ------------------------------------------------------------------------------------------------------ the sections
+
+
+@dataclass(frozen=True)
+class Data:
+    name: str = one_of("pushing", "folder")
+    path: str
+    size: int = within(8)
+    frames: int = within(2)
+    stride: int = within(1)
+    train_clips: int = within(1)
+    workers: int = within(0)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    checkpoint: str
+    stride: int = within(2)
+    channels: int = within(1)
+    width: int = within(4)
+    kl_weight: float = within(0)
+    steps: int = within(1)
+    batch: int = within(1)
+    lr: float = within(0)
+
+
+@dataclass(frozen=True)
+class Model:
+    width: int = within(4)
+    heads: int = within(1)
+    temporal_depth: int = within(1)
+    canvas_depth: int = within(1)
+    mar_depth: int = within(1)
+    head_width: int = within(4)
+    head_depth: int = within(1)
+    window: int = within(1)
+    canvas: bool
+    canvas_noise: float = within(0)
+    canvas_weight: float = within(0)
+    drop_temporal: float = within(0, 1)
+    drop_canvas: float = within(0, 1)
+    diffusion_repeat: int = within(1)
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = within(1)
+    batch: int = within(1)
+    accumulate: int = within(1)
+    lr: float = within(0)
+    warmup: int = within(0)
+    weight_decay: float = within(0)
+    clip: float = within(0)
+    ema: float = within(0, 1)
+    precision: str = one_of("auto", "fp32", "bf16")
+    compile: str = one_of("auto", "true", "false")
+    save_every: int = within(1)
+    preview_every: int = within(1)
+    keep: int = within(1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    context: int = within(0)
+    frames: int = within(1)
+    clips: int = within(1)
+    steps: int = within(1)
+    solver_steps: int = within(1)
+    cfg_temporal: float
+    cfg_canvas: float
+    order: str = one_of("random", "motion")
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str
+    seed: int = within(0, 2**32 - 1)
+    device: str = one_of("auto", "cuda", "mps", "cpu")
+    data: Data
+    tokenizer: Tokenizer
+    model: Model
+    train: Train
+    sample: Sample
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of a frame; a frame has grid * grid of them."""
+        return self.data.size // self.tokenizer.stride
+
+
+# --------------------------------------------------------------------------------------------------- load, save, check
+
+
+def load(path, overrides=()) -> Config:
+    """Read a YAML file (and its `base` files), apply `key.sub=value` overrides, check everything.
+
+    Raises UserError for an unreadable file, an unknown or missing key (naming the nearest valid one), a value of the
+    wrong type or out of range, and sizes that do not fit together.
+    """
+    tree = _read(Path(path), seen=())
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or not name:
+            raise UserError(f"override '{override}' is not of the form key.sub=value")
+        node = tree
+        *parents, last = name.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"override '{override}': '{parent}' is a value, not a section")
+        try:
+            node[last] = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            raise UserError(f"override '{override}': the value is not valid YAML") from None
+    return from_dict(tree, where=str(path))
+
+
+def from_dict(tree: dict, where="config") -> Config:
+    """Build and check a Config from nested dicts, as stored in files and checkpoints."""
+    cfg = _fill(Config, tree, "", where)
+    check(cfg)
+    return cfg
+
+
+def to_dict(cfg: Config) -> dict:
+    return dataclasses.asdict(cfg)
+
+
+def save(cfg: Config, path) -> None:
+    """Write the resolved configuration; `load(path)` gives back an equal one."""
+    temporary = f"{path}.tmp"
+    Path(temporary).write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def flat(cfg: Config) -> dict:
+    """{'data.size': 32, ...}: every value under its dotted name."""
+    tree = to_dict(cfg)
+    sections = {k: v for k, v in tree.items() if isinstance(v, dict)}
+    values = {k: v for k, v in tree.items() if not isinstance(v, dict)}
+    return values | {f"{s}.{k}": v for s, section in sections.items() for k, v in section.items()}
+
+
+def check(cfg: Config) -> None:
+    """Sizes that must fit together; each message prints both numbers. Raises UserError."""
+    d, t, m, s = cfg.data, cfg.tokenizer, cfg.model, cfg.sample
+    if t.stride & (t.stride - 1):
+        raise UserError(f"tokenizer.stride={t.stride} is not a power of two")
+    if d.size % t.stride:
+        raise UserError(f"data.size={d.size} is not divisible by tokenizer.stride={t.stride}")
+    if m.width % m.heads or (m.width // m.heads) % 2:
+        raise UserError(f"model.width={m.width} does not give model.heads={m.heads} heads of one even size")
+    if s.context >= s.frames:
+        raise UserError(f"sample.context={s.context} leaves nothing to predict of sample.frames={s.frames}; "
+                        "frames counts the context too")
+    if s.steps > cfg.grid**2:
+        raise UserError(f"sample.steps={s.steps} is more than the {cfg.grid**2} tokens of a frame "
+                        f"(data.size={d.size}, tokenizer.stride={t.stride})")
+    if s.order == "motion" and not m.canvas:
+        raise UserError("sample.order=motion needs the canvas (model.canvas=true) to tell what will move")
+    if d.name == "folder" and not d.path:
+        raise UserError("data.name=folder needs data.path, the folder that holds the videos")
+    if d.name == "pushing" and d.size not in (32, 64):
+        raise UserError(f"data.size={d.size}: the pushing world is drawn at 32 or 64 pixels")
+
+
+def _read(path: Path, seen: tuple) -> dict:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: `base` leads back to the same file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no keys")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base must be the path of another YAML file")
+    return _merge(_read(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _merge(base: dict, over: dict) -> dict:
+    both = {k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
+    return base | both
+
+
+def _fill(kind, tree, prefix, where):
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: '{prefix.rstrip('.')}' must be a section with keys, got {tree!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in tree:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
+            raise UserError(f"{where}: unknown key '{prefix}{key}'; did you mean '{prefix}{near}'?")
+    missing = [prefix + name for name in fields if name not in tree]
+    if missing:
+        raise UserError(f"{where}: missing {', '.join(missing)}; `base: config.yaml` as first line supplies the defaults")
+    values = {}
+    for name, f in fields.items():
+        nested = dataclasses.is_dataclass(f.type)
+        values[name] = _fill(f.type, tree[name], f"{name}.", where) if nested else _value(f, tree[name], prefix + name, where)
+    return kind(**values)
+
+
+def _value(f, value, name, where):
+    """One value, coerced to its type: PyYAML reads 1e-4 as text, and `true` as a bool even where a word is meant."""
+    wrong = UserError(f"{where}: {name} must be {f.type.__name__}, got {value!r}")
+    if f.type is str:
+        value = "" if value is None else str(value).lower() if isinstance(value, bool) else value
+    elif f.type is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except (ValueError, OverflowError):
+            raise wrong from None
+    elif f.type is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not f.type:
+        raise wrong
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {name} must be finite, got {value}")
+    choices = f.metadata.get("choices")
+    if choices and value not in choices:
+        raise UserError(f"{where}: {name} must be one of {', '.join(choices)}, got {value!r}")
+    if "low" in f.metadata and not f.metadata["low"] <= value <= f.metadata["high"]:
+        raise UserError(f"{where}: {name}={value} must lie between {f.metadata['low']} and {f.metadata['high']}")
+    return value

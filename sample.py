@@ -1,0 +1,301 @@
+"""Generate video with a trained CanvasMAR: a frame at a time, and each frame a few sets of tokens at a time.
+
+    python sample.py --ckpt runs/pushing                          # clips of the test split
+    python sample.py --ckpt runs/pushing --steps 8 --frames 40    # any option of the `sample` section
+    python sample.py --ckpt runs/mine --video mine.mp4            # continue a video of your own
+
+Writes samples.npz, samples.mp4, grid.png (truth above sample) and steps.png (how one frame comes about).
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import config
+import data
+import tokenizer as vae
+from canvas import Cache, CanvasMAR, clip_generator
+from config import UserError
+from diffloss import solve
+from mar import motion_order, random_order, reveal_schedule
+
+# --------------------------------------------------------------------------------------------------------- the sampler
+
+
+@dataclass
+class Frame:
+    """One generated frame of B clips, as standardised latents (B, N, C)."""
+
+    latent: torch.Tensor
+    canvas: torch.Tensor | None  # the canvas through its linear head; None for the baseline
+    steps: list[torch.Tensor]  # the frame after each spatial step, open tokens showing the canvas
+
+
+@torch.no_grad()
+def generate(model: CanvasMAR, context, opts: config.Sample, seed: int, clips):
+    """Yield one Frame at a time, opts.frames - opts.context of them.
+
+    context (B, opts.context, N, C) latents; clips: the B clip indices. (seed, clip index) alone decides a clip, and every
+    clip draws the same noise whatever S, K and the guidance are. Memory and time per frame do not grow with the length.
+    """
+    cache, streams = Cache(model.temporal), [clip_generator(seed, int(clip)) for clip in clips]
+    news = [model.start.expand(len(streams), -1, -1), *context.unbind(1)]
+    for _ in range(opts.frames - opts.context):
+        for previous in news:
+            z_t = model.temporal.step(previous, cache)
+        frame = draw_frame(model, z_t, previous, opts, streams)
+        news = [frame.latent]
+        yield frame
+
+
+def draw_frame(model, z_t, previous, opts, streams) -> Frame:
+    """Masked generation of one frame. z_t (B, N, D), previous (B, N, C). The canvas runs once, MAR once a spatial step."""
+    batch, tokens, channels = previous.shape
+    noise = torch.stack([torch.rand(tokens, generator=g) for g in streams]).to(previous.device)
+    eps = torch.stack([torch.randn(tokens, channels, generator=g) for g in streams]).to(previous.device)
+    if model.canvas is None:
+        z_s, canvas = torch.zeros_like(z_t), None
+    else:
+        z_s, canvas = model.canvas(z_t, previous)
+        canvas = canvas.float()
+    order = random_order(noise) if opts.order == "random" else motion_order(canvas, previous, noise)
+
+    weights, z_ts, z_ss = branches(model, z_t, z_s, opts.cfg_temporal, opts.cfg_canvas)
+    n = len(weights)
+    f, known, begin, steps = torch.zeros_like(previous), torch.zeros_like(order, dtype=torch.bool), 0, []
+    for end in reveal_schedule(tokens, opts.steps, opts.order):
+        at = order[:, begin:end, None]  # (B, k, 1) the tokens of this step
+        c = model.mar(f.repeat(n, 1, 1), ~known.repeat(n, 1), z_ts, z_ss)  # (n*B, N, D), all branches as one batch
+        c = c.gather(1, at.repeat(n, 1, c.shape[-1]))  # (n*B, k, D)
+        velocity = guided(model.head, c, weights)
+        new = solve(velocity, eps.gather(1, at.expand(-1, -1, channels)), opts.solver_steps)
+        f = f.scatter(1, at.expand(-1, -1, channels), new)
+        known = known.scatter(1, at[..., 0], True)
+        steps.append(f if canvas is None else torch.where(known[..., None], f, canvas))
+        begin = end
+    return Frame(f, canvas, steps)
+
+
+def guidance_weights(w_t: float, w_s: float) -> tuple[float, float, float]:
+    """Weights of v(z_t, z_s), v(z_t, 0) and v(0, 0) in the compositional guidance; they add up to 1.
+
+    v = v(0,0) + w_t (v(z_t,0) - v(0,0)) + w_s (v(z_t,z_s) - v(z_t,0))
+    """
+    return w_s, w_t - w_s, 1 - w_t
+
+
+def branches(model, z_t, z_s, w_t, w_s):
+    """The guidance branches with a weight other than zero, their conditions stacked as one batch (n*B, N, D)."""
+    full, temporal, none = guidance_weights(w_t, w_s)
+    zero, null = torch.zeros_like(z_s), model.null.to(z_t.dtype).expand_as(z_t)
+    if model.canvas is None:  # the baseline has no canvas to lose: the first two branches are one
+        full, temporal = 0, full + temporal
+    kept = [b for b in ((full, z_t, z_s), (temporal, z_t, zero), (none, null, zero)) if b[0] != 0]
+    weights, z_ts, z_ss = zip(*kept)
+    return weights, torch.cat(z_ts), torch.cat(z_ss)
+
+
+def guided(head, c, weights):
+    """The velocity function of one set of tokens: x (B, k, C), tau -> (B, k, C). c (n*B, k, D), branch after branch."""
+    n, condition = len(weights), head.condition(c)
+    if n == 1:
+        return lambda x, tau: head.velocity(x, torch.full_like(x[..., 0], tau), condition).float()
+    weights = torch.tensor(weights, device=c.device).view(n, 1, 1, 1)
+
+    def velocity(x, tau):
+        v = head.velocity(x.repeat(n, 1, 1), torch.full_like(x[..., 0], tau).repeat(n, 1), condition)
+        return (weights * v.float().unflatten(0, (n, -1))).sum(0)
+
+    return velocity
+
+
+@torch.no_grad()
+def continue_clips(model, tokenizer, context, opts, seed, clips, progress=False):
+    """context (B, opts.context, 3, H, W) in [-1, 1] -> (video (B, T, 3, H, W) with the context in front, [Frame])."""
+    latents = tokenizer.encode(context) if opts.context else context.new_zeros(len(context), 0, model.tokens, model.channels)
+    frames = generate(model, latents, opts, seed, clips)
+    frames = list(tqdm(frames, total=opts.frames - opts.context, desc="frames", unit="frame", disable=not progress))
+    video = tokenizer.decode(torch.stack([frame.latent for frame in frames], dim=1))
+    return torch.cat([context, video], dim=1), frames
+
+
+# ------------------------------------------------------------------------------------------------ devices, checkpoints
+
+
+def pick_device(name: str) -> torch.device:
+    """auto | cuda | mps | cpu -> a device. Raises UserError if what is asked for is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, has in there.items() if has)
+    if not there[name]:
+        raise UserError(f"device={name}, but this machine has none that torch can use; set device=auto or device=cpu")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: str):
+    """bf16 where the precision says so; everything else stays as it is."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def load_run(path, device) -> tuple[config.Config, CanvasMAR, vae.Tokenizer]:
+    """A run folder or a checkpoint file -> (configuration, model with the averaged weights, its tokenizer).
+
+    Raises UserError if a file is missing, damaged, of another kind, or the tokenizer is not the one trained with.
+    """
+    path = Path(path)
+    file = path / "latest.pt" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        raise UserError(f"{path} holds no latest.pt; is the training still at the tokenizer?")
+    stored = vae.read_checkpoint(file, "model")
+    cfg = config.from_dict(stored["config"], where=str(file))
+    tokenizer = vae.load(file.parent / "tokenizer.pt", device)
+    if tokenizer.fingerprint() != stored["tokenizer"]:
+        raise UserError(f"{file.parent / 'tokenizer.pt'} is not the tokenizer that {file} was trained with")
+    model = CanvasMAR(cfg)
+    model.load_state_dict(stored["ema"])
+    return cfg, model.to(device).eval().requires_grad_(False), tokenizer
+
+
+# --------------------------------------------------------------------------------------------------- pictures and files
+
+
+def figure(rows, titles, labels, path):
+    """Write a PNG: rows of images uint8 (H, W, 3) or None, a title over each column, a label before each row."""
+    from matplotlib.figure import Figure
+
+    columns = max(len(row) for row in rows)
+    fig = Figure(figsize=(columns + 0.8, 1.12 * len(rows) + 0.3), dpi=110)
+    axes = fig.subplots(len(rows), columns, squeeze=False)
+    for r, row in enumerate(rows):
+        for k, ax in enumerate(axes[r]):
+            ax.set_xticks([]), ax.set_yticks([]), ax.spines[:].set_visible(False)
+            if k < len(row) and row[k] is not None:
+                ax.imshow(row[k], interpolation="nearest")
+            if r == 0 and k < len(titles):
+                ax.set_title(titles[k], fontsize=7, pad=3)
+        axes[r][0].set_ylabel(labels[r], fontsize=7, rotation=0, ha="right", va="center")
+    fig.subplots_adjust(left=0.8 / (columns + 0.8), right=0.995, bottom=0.01, top=1 - 0.25 / (1.12 * len(rows) + 0.3), wspace=0.04, hspace=0.06)
+    fig.savefig(path)
+
+
+def draw_grid(samples, truth, context, path, clips=6):
+    """grid.png: for each of several clips, truth above sample. uint8 (clips, T, H, W, 3); truth may be None."""
+    rows, labels = [], []
+    for i in range(min(clips, len(samples))):
+        if truth is not None:
+            rows.append(list(truth[i])), labels.append(f"clip {i} truth")
+        rows.append(list(samples[i])), labels.append("sample" if truth is not None else f"clip {i}")
+    titles = [f"context {t + 1}" if t < context else str(t + 1) for t in range(samples.shape[1])]
+    figure(rows, titles, labels, path)
+
+
+def draw_steps(frames, tokenizer, samples, truth, context, path, clips=4):
+    """steps.png: for the first generated frame of several clips, the context, the canvas decoded through its linear head,
+    the frame after each spatial step, the result and the truth."""
+    frame, rows = frames[0], []
+    decode = lambda latent: data.to_uint8(tokenizer.decode(latent[:, None])[:, 0])
+    stages = [("canvas", frame.canvas)] if frame.canvas is not None else []
+    stages += [(f"step {s + 1}", latent) for s, latent in enumerate(frame.steps)]
+    columns = [(f"context {t + 1}", samples[:clips, t]) for t in range(context)]
+    columns += [(name, decode(latent[:clips])) for name, latent in stages] + [("result", samples[:clips, context])]
+    columns += [("truth", truth[:clips, context])] if truth is not None else []
+    rows = [list(row) for row in zip(*[images for _, images in columns])]
+    figure(rows, [name for name, _ in columns], [f"clip {i}" for i in range(len(rows))], path)
+
+
+def write_mp4(video, path, fps=8, scale=4):
+    """Write uint8 (clips, T, H, W, 3) as one H.264 video, the clips side by side. For looking at, never for scores."""
+    try:
+        import av
+    except ImportError:
+        print(f"PyAV is not installed, so {path} is not written (pip install av)", file=sys.stderr)
+        return
+    columns = math.ceil(math.sqrt(len(video)))
+    blank = np.zeros_like(video[:1]).repeat(-len(video) % columns, 0)
+    tiles = np.concatenate([video, blank])  # (rows * columns, T, H, W, 3)
+    rows = [np.concatenate(list(tiles[i : i + columns]), axis=2) for i in range(0, len(tiles), columns)]
+    movie = np.concatenate(rows, axis=1).repeat(scale, 1).repeat(scale, 2)  # (T, H, W, 3)
+    with av.open(f"{path}.tmp", "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16"})
+        stream.height, stream.width, stream.pix_fmt = movie.shape[1], movie.shape[2], "yuv420p"
+        for image in movie:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(f"{path}.tmp", path)
+
+
+def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, device, progress=True):
+    """Continue each clip of `videos` (clips, >= context, 3, H, W) and write the four files into the folder `out`."""
+    out, opts = Path(out), cfg.sample
+    out.mkdir(parents=True, exist_ok=True)
+    samples, first = [], None
+    with autocast(device, cfg.train.precision):
+        for begin in range(0, len(videos), batch):
+            part = videos[begin : begin + batch]
+            clips = range(begin, begin + len(part))
+            video, frames = continue_clips(model, tokenizer, part[:, : opts.context].to(device), opts, seed, clips, progress)
+            samples.append(data.to_uint8(video))
+            first = first or frames
+        samples = np.concatenate(samples)
+        truth = data.to_uint8(videos) if has_truth else None
+        draw_steps(first, tokenizer, samples, truth, opts.context, out / "steps.png")
+    draw_grid(samples, truth, opts.context, out / "grid.png")
+    write_mp4(samples, out / "samples.mp4")
+    arrays = {"samples": samples, "context": np.array(opts.context)} | ({"truth": truth} if has_truth else {})
+    with open(out / "samples.npz.tmp", "wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(out / "samples.npz.tmp", out / "samples.npz")
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------------------------- CLI
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--ckpt", required=True, help="a run folder, or one of its .pt files")
+    parser.add_argument("--out", help="folder for the results (default: samples/ in the run folder)")
+    parser.add_argument("--video", help="continue the end of this video instead of clips of the test split")
+    parser.add_argument("--seed", type=int, help="another seed gives other futures (default: the run's)")
+    parser.add_argument("--batch", type=int, default=64, help="clips generated at once; does not change the result")
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    for f in fields(config.Sample):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"as sample.{f.name} in config.yaml")
+    return parser.parse_args()
+
+
+def main():
+    args = parse()
+    device = pick_device(args.device)
+    cfg, model, tokenizer = load_run(args.ckpt, device)
+    given = {f.name: getattr(args, f.name) for f in fields(config.Sample) if getattr(args, f.name) is not None}
+    opts = replace(cfg.sample, **given) if not (args.video and args.clips is None) else replace(cfg.sample, **given, clips=4)
+    seed = cfg.seed if args.seed is None else args.seed
+    cfg = config.from_dict(config.to_dict(replace(cfg, sample=opts, seed=seed)), where="options")  # ranges and sizes
+    if args.batch < 1:
+        raise UserError(f"--batch={args.batch} must be at least 1")
+    if args.video:  # several futures of the last frames of one video
+        need = (opts.context - 1) * cfg.data.stride + 1 if opts.context else 0
+        frames = data.read_video(Path(args.video), cfg.data.size)[-need:][:: cfg.data.stride] if need else []
+        if len(frames) < opts.context:
+            raise UserError(f"{args.video} has fewer than the {need} frames that --context {opts.context} needs")
+        videos = data.to_tensor(np.stack(frames))[None].expand(opts.clips, -1, -1, -1, -1) if need else torch.zeros(opts.clips, 0, 3, cfg.data.size, cfg.data.size)
+    else:
+        source = data.open_source(cfg.data, cfg.seed, "test", opts.frames)
+        videos = torch.stack([source.clip(i) for i in range(opts.clips)])
+    out = Path(args.out) if args.out else (Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent) / "samples"
+    write_samples(out, cfg, model, tokenizer, videos, not args.video, seed, args.batch, device)
+    print(f"wrote samples.npz, samples.mp4, grid.png and steps.png to {out}")
+
+
+if __name__ == "__main__":
+    config.cli(main)
