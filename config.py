@@ -254,13 +254,13 @@ def _value(f, value, name, where):
     wrong = UserError(f"{where}: {name} must be {f.type.__name__}, got {value!r}")
     if f.type is str:
         value = "" if value is None else str(value).lower() if isinstance(value, bool) else value
-    elif f.type is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+    elif f.type in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            value = float(value)
+            value = value if type(value) is f.type else float(value)
         except (ValueError, OverflowError):
             raise wrong from None
-    elif f.type is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
+        if f.type is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
     if type(value) is not f.type:
         raise wrong
     if isinstance(value, float) and not math.isfinite(value):

@@ -55,8 +55,24 @@ def loader(source, seed: int, batch: int, first: int, last: int, rank=0, ranks=1
     Batch n of rank r holds the positions n*ranks*batch + r*batch + (0..batch-1), so the ranks share out each epoch
     exactly and a run that goes on from batch n sees what the unbroken run would have seen.
     """
-    positions = ([(n * ranks + rank) * batch + i for i in range(batch)] for n in range(first, last))
-    return torch.utils.data.DataLoader(Stream(source, seed), batch_sampler=list(positions), num_workers=workers)
+    batches = Batches(batch, first, last, rank, ranks)
+    return torch.utils.data.DataLoader(Stream(source, seed), batch_sampler=batches, num_workers=workers)
+
+
+@dataclass
+class Batches:
+    """The positions of each batch of one rank, as a batch sampler."""
+
+    batch: int
+    first: int
+    last: int
+    rank: int
+    ranks: int
+
+    def __iter__(self):
+        for n in range(self.first, self.last):
+            begin = (n * self.ranks + self.rank) * self.batch
+            yield list(range(begin, begin + self.batch))
 
 
 # ------------------------------------------------------------------------------------------------- pushing: the world
@@ -333,6 +349,15 @@ def read_video(path: Path, size: int, start=0, frames=None, stride=1) -> np.ndar
         if not taken:
             raise UserError(f"{path} cannot be read as video: {error}") from None
     return np.stack(taken) if taken else np.zeros((0, size, size, 3), np.uint8)
+
+
+def read_ending(path, size: int, frames: int, stride: int) -> torch.Tensor:
+    """The last `frames` frames of a video, `stride` apart: (frames, 3, size, size) in [-1, 1]. Raises UserError."""
+    need = (frames - 1) * stride + 1
+    video = read_video(Path(path), size)
+    if len(video) < need:
+        raise UserError(f"{path} has {len(video)} frames; {need} are needed for {frames} frames of context at stride {stride}")
+    return to_tensor(video[len(video) - need :: stride][:frames])
 
 
 def _crop(frame, size):

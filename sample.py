@@ -260,35 +260,41 @@ def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, de
 # ---------------------------------------------------------------------------------------------------------------- CLI
 
 
-def parse():
+def add_options(parser, skip=()):
+    """The keys of the `sample` section as command line options, and --seed."""
+    parser.add_argument("--seed", type=int, help="another seed gives other futures (default: the run's)")
+    for f in fields(config.Sample):
+        if f.name not in skip:
+            parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"as sample.{f.name} in config.yaml")
+
+
+def apply_options(cfg: config.Config, args) -> tuple[config.Config, int]:
+    """The configuration with the given options in its `sample` section, checked like a file's, and the seed."""
+    tree, given = config.to_dict(cfg), vars(args)
+    for name in tree["sample"]:
+        if given.get(name) is not None:
+            tree["sample"][name] = given[name]
+    return config.from_dict(tree, where="options"), cfg.seed if args.seed is None else args.seed
+
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, help="a run folder, or one of its .pt files")
     parser.add_argument("--out", help="folder for the results (default: samples/ in the run folder)")
     parser.add_argument("--video", help="continue the end of this video instead of clips of the test split")
-    parser.add_argument("--seed", type=int, help="another seed gives other futures (default: the run's)")
     parser.add_argument("--batch", type=int, default=64, help="clips generated at once; does not change the result")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
-    for f in fields(config.Sample):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"as sample.{f.name} in config.yaml")
-    return parser.parse_args()
-
-
-def main():
-    args = parse()
+    add_options(parser)
+    args = parser.parse_args()
     device = pick_device(args.device)
     cfg, model, tokenizer = load_run(args.ckpt, device)
-    given = {f.name: getattr(args, f.name) for f in fields(config.Sample) if getattr(args, f.name) is not None}
-    opts = replace(cfg.sample, **given) if not (args.video and args.clips is None) else replace(cfg.sample, **given, clips=4)
-    seed = cfg.seed if args.seed is None else args.seed
-    cfg = config.from_dict(config.to_dict(replace(cfg, sample=opts, seed=seed)), where="options")  # ranges and sizes
+    cfg, seed = apply_options(cfg, args)
+    opts, size = cfg.sample, cfg.data.size
     if args.batch < 1:
         raise UserError(f"--batch={args.batch} must be at least 1")
-    if args.video:  # several futures of the last frames of one video
-        need = (opts.context - 1) * cfg.data.stride + 1 if opts.context else 0
-        frames = data.read_video(Path(args.video), cfg.data.size)[-need:][:: cfg.data.stride] if need else []
-        if len(frames) < opts.context:
-            raise UserError(f"{args.video} has fewer than the {need} frames that --context {opts.context} needs")
-        videos = data.to_tensor(np.stack(frames))[None].expand(opts.clips, -1, -1, -1, -1) if need else torch.zeros(opts.clips, 0, 3, cfg.data.size, cfg.data.size)
+    if args.video:  # several futures of one video
+        context = data.read_ending(args.video, size, opts.context, cfg.data.stride)
+        videos = context.expand(opts.clips, -1, -1, -1, -1)
     else:
         source = data.open_source(cfg.data, cfg.seed, "test", opts.frames)
         videos = torch.stack([source.clip(i) for i in range(opts.clips)])

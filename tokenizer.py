@@ -7,6 +7,7 @@ a pretrained VAE; this small one, trained by `train.py` on the user's own frames
 import hashlib
 import math
 import os
+import warnings
 from dataclasses import asdict
 
 import torch
@@ -118,7 +119,9 @@ def load(path, device="cpu", expect: config.Tokenizer | None = None) -> Tokenize
 def read_checkpoint(path, kind: str) -> dict:
     """Load a .pt file of this project as tensors and plain values (no code is run). Raises UserError."""
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of odd pickles before it refuses them
+            stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
     except Exception as error:  # torch raises many types for damaged files

@@ -1,0 +1,92 @@
+"""The per-token head: the flow-matching loss and the solver."""
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffloss import DiffLoss, fourier, solve
+
+
+def head():
+    torch.manual_seed(0)
+    net = DiffLoss(3, 5, 8, 2)
+    for p in net.parameters():
+        p.data = 0.3 * torch.randn(p.shape)
+    return net
+
+
+def gaussian_velocity(mean, std):
+    """The exact velocity field that carries a standard normal to N(mean, std^2) on straight lines."""
+
+    def velocity(x, tau):
+        variance = (1 - tau) ** 2 + (tau * std) ** 2
+        slope = (tau * std**2 - (1 - tau)) / variance
+        return mean + slope * (x - tau * mean)
+
+    return velocity
+
+
+@given(st.floats(-3, 3), st.floats(0.1, 3))
+def test_solver_carries_a_gaussian_to_the_closed_form(mean, std):
+    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    torch.testing.assert_close(solve(gaussian_velocity(mean, std), x, 200), mean + std * x, atol=2e-3, rtol=0)
+
+
+def orders(velocity, exact):
+    """log2 of how much the error falls with each doubling of the steps."""
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    errors = [(solve(velocity, x, k) - exact(x)).abs().max() for k in (32, 64, 128, 256)]
+    return [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:])]
+
+
+@given(st.floats(0.5, 1.5))
+def test_solver_error_falls_at_second_order(rate):
+    growth = orders(lambda x, tau: math.cos(rate * tau) * x, lambda x: x * math.exp(math.sin(rate) / rate))
+    assert all(abs(order - 2) < 0.15 for order in growth)
+
+
+@given(st.floats(-2, 2), st.floats(0.3, 0.8))
+def test_on_a_gaussian_it_falls_at_least_as_fast(mean, std):
+    assert min(orders(gaussian_velocity(mean, std), lambda x: mean + std * x)) > 1.9
+
+
+@given(st.integers(1, 9))
+def test_solver_calls_the_velocity_twice_a_step_inside_zero_to_one(steps):
+    times = []
+    solve(lambda x, tau: times.append(tau) or x, torch.zeros(1), steps)
+    assert len(times) == 2 * steps and times == sorted(times) and times[0] == 0 and times[-1] < 1
+
+
+@given(st.integers(0, 2**31))
+def test_the_target_leads_from_any_point_of_the_line_to_the_data(seed):
+    g = torch.Generator().manual_seed(seed)
+    f, eps = torch.randn(2, 7, 3, generator=g)
+    tau = torch.rand(7, 1, generator=g)
+    torch.testing.assert_close((1 - tau) * eps + tau * f + (1 - tau) * (f - eps), f)
+
+
+@given(st.integers(0, 2**31))
+def test_loss_is_the_squared_velocity_error_averaged_over_repeats(seed):
+    net, g = head(), torch.Generator().manual_seed(seed)
+    f, c = torch.randn(2, 4, 3, generator=g), torch.randn(2, 4, 5, generator=g)
+    tau, eps = torch.rand(2, 6, 4, generator=g), torch.randn(2, 6, 4, 3, generator=g)
+    slow = torch.zeros(2, 4)
+    for r in range(6):
+        t = tau[:, r, :, None]
+        slow += (net((1 - t) * eps[:, r] + t * f, tau[:, r], c) - (f - eps[:, r])).square().mean(-1) / 6
+    torch.testing.assert_close(net.loss(f, c, tau, eps), slow)
+
+
+def test_a_new_head_predicts_zero_and_its_loss_is_that_of_zero():
+    net = DiffLoss(3, 5, 8, 2)
+    f, eps = torch.randn(2, 1, 4, 3)
+    loss = net.loss(f, torch.randn(1, 4, 5), torch.rand(1, 1, 4), eps[:, None])
+    torch.testing.assert_close(loss, (f - eps).square().mean(-1))
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_times_are_told_apart(a, b):
+    x, y = fourier(torch.tensor([a, b]))
+    assert x.abs().max() <= 1 and (x - y).abs().max() >= min(0.9, 3 * abs(a - b)) - 1e-4
