@@ -83,7 +83,7 @@ TABLE, ARM, GRIPPER = (0.82, 0.80, 0.76), (0.62, 0.62, 0.64), (0.10, 0.10, 0.12)
 COLOURS = {"red": (0.85, 0.12, 0.12), "green": (0.08, 0.72, 0.25), "blue": (0.15, 0.30, 0.90), "yellow": (0.98, 0.82, 0.05)}
 PALETTE = np.array([GRIPPER, *COLOURS.values()], np.float32)  # what the detector looks for; the gripper is number 0
 GRIPPER_SIZE, PUCK, BLOCK = (0.0, 0.085), (0.0, 0.115), (0.07, 0.03)  # (core, radius)
-MOMENTUM, KICK, GLIDE, SUBSTEPS, TOUCH = 0.85, 0.02, 0.8, 2, 1e-4
+MOMENTUM, KICK, GLIDE, SUBSTEPS, TOUCH = 0.9, 0.015, 0.8, 2, 1e-4
 
 
 @dataclass(frozen=True)

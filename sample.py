@@ -173,7 +173,8 @@ def figure(rows, titles, labels, path):
     from matplotlib.figure import Figure
 
     columns = max(len(row) for row in rows)
-    fig = Figure(figsize=(columns + 0.8, 1.12 * len(rows) + 0.3), dpi=110)
+    width, height = columns + 0.8, len(rows) + 0.3  # an inch an image
+    fig = Figure(figsize=(width, height), dpi=110)
     axes = fig.subplots(len(rows), columns, squeeze=False)
     for r, row in enumerate(rows):
         for k, ax in enumerate(axes[r]):
@@ -183,7 +184,7 @@ def figure(rows, titles, labels, path):
             if r == 0 and k < len(titles):
                 ax.set_title(titles[k], fontsize=7, pad=3)
         axes[r][0].set_ylabel(labels[r], fontsize=7, rotation=0, ha="right", va="center")
-    fig.subplots_adjust(left=0.8 / (columns + 0.8), right=0.995, bottom=0.01, top=1 - 0.25 / (1.12 * len(rows) + 0.3), wspace=0.04, hspace=0.06)
+    fig.subplots_adjust(left=0.75 / width, right=1 - 0.05 / width, bottom=0.05 / height, top=1 - 0.25 / height, wspace=0.04, hspace=0.04)
     fig.savefig(path)
 
 

@@ -72,7 +72,7 @@ class Tokenizer(nn.Module):
         """Set the per-channel mean and standard deviation from an iterable of x (B, T, 3, H, W)."""
         sums = torch.zeros(3, self.cfg.channels, dtype=torch.float64)
         for x in batches:
-            mean = self.posterior(x.flatten(0, 1))[0].double().cpu()
+            mean = self.posterior(x.flatten(0, 1))[0].cpu().double()
             sums += torch.stack([mean.sum((0, 2, 3)), (mean**2).sum((0, 2, 3)), torch.full((len(self.mean),), mean[:, 0].numel())])
         mean = sums[0] / sums[2]
         self.mean.copy_(mean[:, None, None])

@@ -51,6 +51,7 @@ def main():
             out = Path(cfg.run) / "samples"
             sample.write_samples(out, cfg, model, tokenizer, clips, True, cfg.seed, 64, machine.device)
             print(f"done: samples and pictures are in {out}, curves in {Path(cfg.run) / 'curves.png'}")
+        barrier()  # nobody leaves while another still needs the connection
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -105,16 +106,17 @@ FREE = ("run", "device", "data.path", "data.workers", "tokenizer.checkpoint", "t
 def open_run(cfg: Config, machine: Machine) -> Config:
     """Make the run's folder, or check that the one there was made with the same configuration. Returns cfg, resolved."""
     folder, file = Path(cfg.run), Path(cfg.run) / "config.yaml"
-    cfg = replace(cfg, train=replace(cfg.train, precision=pick_precision(cfg, machine.device)))
-    if file.exists():
-        old, new = config.flat(config.load(file)), config.flat(cfg)
-        differ = [k for k in new if new[k] != old[k] and k not in FREE and not k.startswith("sample.")]
+    old = config.load(file) if file.exists() else None
+    precision = pick_precision(cfg, machine, old)
+    cfg = replace(cfg, train=replace(cfg.train, precision=precision))
+    if old:
+        there, now = config.flat(old), config.flat(cfg)
+        differ = [k for k in now if now[k] != there[k] and k not in FREE and not k.startswith("sample.")]
         if differ:
-            what = ", ".join(f"{k} ({old[k]} there, {new[k]} now)" for k in differ)
+            what = ", ".join(f"{k} ({there[k]} there, {now[k]} now)" for k in differ)
             raise UserError(f"{folder} was made with another configuration: {what}; set run= to another folder")
-        if cfg.train.precision == "auto":
-            cfg = replace(cfg, train=replace(cfg.train, precision=old["train.precision"]))
-    if machine.rank == 0:
+    barrier()  # all have looked
+    if machine.rank == 0 and not old:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             config.save(cfg, file)
@@ -123,15 +125,16 @@ def open_run(cfg: Config, machine: Machine) -> Config:
     return cfg
 
 
-def pick_precision(cfg: Config, device: torch.device) -> str:
-    """Resolve train.precision=auto. On a CPU, time a small training step both ways, unless the run has decided already."""
-    if cfg.train.precision != "auto" or device.type == "mps":
-        return cfg.train.precision.replace("auto", "fp32")
+def pick_precision(cfg: Config, machine: Machine, old: Config | None) -> str:
+    """Resolve train.precision=auto: as the run has decided already, else bf16 on a GPU that has it, else on a CPU by timing
+    a small training step both ways."""
+    device, asked = machine.device, cfg.train.precision
+    if asked != "auto" or device.type == "mps":
+        return asked.replace("auto", "fp32")
+    if old:
+        return old.train.precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    file = Path(cfg.run) / "config.yaml"
-    if file.exists():
-        return config.load(file).train.precision
     net = nn.Sequential(nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96), nn.LayerNorm(96))
     x, seconds = torch.randn(4096, 96), {}
     for precision in ("fp32", "bf16", "fp32", "bf16"):  # the first two warm up
@@ -140,7 +143,10 @@ def pick_precision(cfg: Config, device: torch.device) -> str:
             with sample.autocast(device, precision):
                 net(x).float().sum().backward()
         seconds[precision] = time.perf_counter() - begin
-    return "bf16" if seconds["bf16"] < 0.9 * seconds["fp32"] else "fp32"
+    slow = torch.tensor(seconds["bf16"] > 0.9 * seconds["fp32"])
+    if machine.ranks > 1:
+        dist.broadcast(slow, 0)  # one decision for all processes
+    return "fp32" if slow else "bf16"
 
 
 # ---------------------------------------------------------------------------------------------------------- two stages
@@ -239,6 +245,8 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = make_optimizer(net, stage.lr, t.weight_decay, device)
     first = resume(cfg, machine, stage, ema, optimizer)
+    if machine.rank == 0:
+        config.save(cfg, Path(cfg.run) / "config.yaml")  # what may change may have changed
     use_compile = t.compile == "true" or (t.compile == "auto" and device.type == "cuda")
     wrapped = torch.compile(net) if use_compile else net
     if machine.ranks > 1:
@@ -259,7 +267,7 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
         if step % LOG_EVERY == 0 or step == stage.steps:
             line = log(cfg, machine, stage, step, logs | {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]})
             bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if k in ("psnr", "diffusion", "canvas")})
-        stop = should_stop(machine)
+        stop = should_stop(machine, step)
         if (step % t.preview_every == 0 or step == stage.steps) and machine.rank == 0:
             with torch.no_grad(), sample.autocast(device, t.precision):
                 log(cfg, None, stage, step, stage.preview(ema, step))
@@ -315,10 +323,12 @@ def update_ema(ema, net, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
-def should_stop(machine) -> int:
-    """The signal that any process received, the same on all of them."""
+def should_stop(machine, step) -> int:
+    """The signal that any process received, the same on all of them; several processes ask each other now and then."""
     if machine.ranks == 1:
         return machine.stopped
+    if step % LOG_EVERY:
+        return 0
     stopped = torch.tensor(machine.stopped, device=machine.device)
     dist.all_reduce(stopped, op=dist.ReduceOp.MAX)
     return int(stopped)

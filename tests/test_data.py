@@ -1,6 +1,7 @@
 """The pushing world, its detector, files of video, and the order of clips."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -65,6 +66,13 @@ def test_the_world_is_worth_predicting():
     assert pushes > 0.3
     assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.6  # the past matters
     assert 0.005 < (after - before).std() < 0.05  # and the future is open
+
+
+def test_clips_are_drawn_fast_enough_for_training():
+    source, begin = pushing(), time.process_time()
+    for index in range(200):
+        source.clip(index)
+    assert 200 / (time.process_time() - begin) > 300  # clips a second and core; over 1,000 on a current one
 
 
 @settings(max_examples=15)

@@ -149,7 +149,7 @@ def final_weights(run):
 
 @pytest.mark.parametrize("how", ["two processes", "two batches"])
 def test_two_halves_equal_the_doubled_batch(trained, tmp_path, how):
-    options = [*TINY, f"tokenizer.checkpoint={trained / 'tokenizer.pt'}", "train.steps=3"]
+    options = [*TINY, f"tokenizer.checkpoint={trained / 'tokenizer.pt'}", "train.steps=3", "train.lr=1e-4"]
     script("train.py", "config.yaml", f"run={tmp_path / 'one'}", *options, "train.batch=4")
     if how == "two processes":
         script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", "config.yaml", f"run={tmp_path / 'two'}", *options)
@@ -158,7 +158,9 @@ def test_two_halves_equal_the_doubled_batch(trained, tmp_path, how):
     one, two = final_weights(tmp_path / "one"), final_weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
-    assert [line["step"] for line in lines(tmp_path / "one")] == [line["step"] for line in lines(tmp_path / "two")]
+    one, two = (lines(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-4)  # AdamW would hide a wrong scale
 
 
 def test_two_processes_train_both_stages_and_go_on_with_one(tmp_path):
