@@ -74,11 +74,13 @@ class CanvasMAR(nn.Module):
         u, order = each(torch.rand, frames), each(torch.rand, frames).argsort(-1)
         share = mask_ratio((order + u) / frames) if ratio is None else torch.full_like(u, ratio)
         rank = each(torch.rand, frames, n).argsort(-1)
-        drop = each(torch.rand, 2)
+        drop, masked = each(torch.rand, 2), choose_masked(share, rank, k)
+        # Drawn for every token, so that a token's noise is the same at every mask ratio.
+        rows = torch.arange(len(masked), device=masked.device)[:, None]
         return Draws(
-            masked=choose_masked(share, rank, k),
-            tau=each(torch.rand, m.diffusion_repeat, k),
-            eps=each(torch.randn, m.diffusion_repeat, k, self.channels),
+            masked=masked,
+            tau=each(torch.rand, m.diffusion_repeat, frames * n).gather(2, masked[:, None].expand(-1, m.diffusion_repeat, -1)),
+            eps=each(torch.randn, frames * n, m.diffusion_repeat, self.channels)[rows, masked].transpose(1, 2),
             sigma=m.canvas_noise * each(torch.rand, frames),
             noise=each(torch.randn, frames, n, m.width),
             drop_temporal=drop[:, 0] < m.drop_temporal,
@@ -115,8 +117,8 @@ def perturb(z_s, sigma, noise):
 class Temporal(nn.Module):
     """The temporal transformer: p (B, T, N, C) -> z_t (B, T, N, D), causal across frames, bidirectional inside one.
 
-    Each frame attends to the latest `window` frames. Training and sampling share that window, so a rollout of any length
-    is what training saw (our choice, as are the rotary time positions and the difference to the frame before as input).
+    Each frame attends to the latest `window` frames. Training and sampling share that window, so that a long rollout looks
+    back as far as training did (our choice, as are the rotary time positions and the difference to the frame before).
     """
 
     def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int, window: int):

@@ -6,6 +6,7 @@ of each. A file may begin with `base: other.yaml` and state only what differs fr
     cfg = load("config.yaml", ["model.width=192", "train.lr=1e-3"])
 """
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -26,11 +27,21 @@ def cli(main):
     try:
         main()
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        text = str(error)
+        if "Original Traceback" in text:  # it comes from a data process, wrapped by torch
+            text = text.rsplit("UserError: ", 1)[-1]
+        print("error: " + " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """Command line options; a wrong one is a UserError."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the options)")
 
 
 def one_of(*names):
@@ -160,7 +171,7 @@ def load(path, overrides=()) -> Config:
 
 def from_dict(tree: dict, where="config") -> Config:
     """Build and check a Config from nested dicts, as stored in files and checkpoints."""
-    cfg = _fill(Config, tree, "", where)
+    cfg = fill(Config, tree, "", where)
     check(cfg)
     return cfg
 
@@ -187,12 +198,16 @@ def flat(cfg: Config) -> dict:
 def check(cfg: Config) -> None:
     """Sizes that must fit together; each message prints both numbers. Raises UserError."""
     d, t, m, s = cfg.data, cfg.tokenizer, cfg.model, cfg.sample
+    if not cfg.run:
+        raise UserError("run is empty; it names the folder that everything is written to")
     if t.stride & (t.stride - 1):
         raise UserError(f"tokenizer.stride={t.stride} is not a power of two")
     if d.size % t.stride:
         raise UserError(f"data.size={d.size} is not divisible by tokenizer.stride={t.stride}")
     if m.width % m.heads or (m.width // m.heads) % 2:
         raise UserError(f"model.width={m.width} does not give model.heads={m.heads} heads of one even size")
+    if m.window > d.frames:
+        raise UserError(f"model.window={m.window} is more than the data.frames={d.frames} of a training clip")
     if s.context >= s.frames:
         raise UserError(f"sample.context={s.context} leaves nothing to predict of sample.frames={s.frames}; "
                         "frames counts the context too")
@@ -231,7 +246,8 @@ def _merge(base: dict, over: dict) -> dict:
     return base | both
 
 
-def _fill(kind, tree, prefix, where):
+def fill(kind, tree, prefix, where):
+    """One section from a dict: every key known, present and of its type. Raises UserError."""
     if not isinstance(tree, dict):
         raise UserError(f"{where}: '{prefix.rstrip('.')}' must be a section with keys, got {tree!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -245,7 +261,7 @@ def _fill(kind, tree, prefix, where):
     values = {}
     for name, f in fields.items():
         nested = dataclasses.is_dataclass(f.type)
-        values[name] = _fill(f.type, tree[name], f"{name}.", where) if nested else _value(f, tree[name], prefix + name, where)
+        values[name] = fill(f.type, tree[name], f"{name}.", where) if nested else _value(f, tree[name], prefix + name, where)
     return kind(**values)
 
 

@@ -6,9 +6,11 @@
 Two sources: `pushing`, drawn as needed by a small simulator, and `folder`, any tree of video files.
 """
 
+import functools
 import hashlib
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -269,17 +271,20 @@ class Folder:
 
     def __init__(self, data: Data, seed: int, split: str, frames: int):
         self.size, self.stride, self.seed, self.split, self.frames = data.size, data.stride, seed, SPLITS.index(split), frames
-        root = Path(data.path)
+        root, self.need = Path(data.path), (frames - 1) * data.stride + 1
         if not root.is_dir():
             raise UserError(f"data.path={data.path} is not a folder")
-        self.need, self.videos, short, broken = (frames - 1) * data.stride + 1, [], [], []
-        for path in _split(root, split):
-            length = count_frames(path)
-            (broken if length == 0 else short if length < self.need else self.videos).append((path, length))
+        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEO_FILES and p.is_file())
+        length = {path: count_frames(path) for path in files}
+        broken = [path for path in files if length[path] == 0]
+        usable = [path for path in files if length[path] >= (data.frames - 1) * data.stride + 1]  # what both splits share out
+        mine = _split(root, usable, split)
+        self.videos = [(path, length[path]) for path in mine if length[path] >= self.need]
+        short = len(files) - len(broken) - len(usable) + len(mine) - len(self.videos)
         if short:
-            print(f"warning: {len(short)} videos of the {split} split are shorter than {self.need} frames and left out, such as {short[0][0]}")
+            print(f"warning: {short} videos are shorter than a clip of the {split} split ({self.need} frames) and left out", file=sys.stderr)
         if broken:
-            print(f"warning: {len(broken)} files of the {split} split cannot be read as video and are left out, such as {broken[0][0]}")
+            print(f"warning: {len(broken)} files cannot be read as video and are left out, such as {broken[0]}", file=sys.stderr)
         if not self.videos:
             raise UserError(f"no video of at least {self.need} frames in {data.path} for the {split} split")
 
@@ -298,17 +303,17 @@ class Folder:
         return to_tensor(frames)
 
 
-def _split(root: Path, split: str) -> list[Path]:
-    own = all((root / s).is_dir() for s in SPLITS)
-    where = root / split if own else root
-    files = sorted(p for p in where.rglob("*") if p.suffix.lower() in VIDEO_FILES and p.is_file())
-    if own or len(files) < 2:
+def _split(root: Path, files: list[Path], split: str) -> list[Path]:
+    if all((root / s).is_dir() for s in SPLITS):
+        return [p for p in files if p.is_relative_to(root / split)]
+    if len(files) < 2:
         return files
     rank = sorted(files, key=lambda p: hashlib.sha256(os.fsencode(p.relative_to(root))).digest())
-    test = rank[: max(1, len(files) // 10)]
+    test = set(rank[: max(1, len(files) // 10)])
     return [p for p in files if (p in test) == (split == "test")]
 
 
+@functools.lru_cache(maxsize=None)
 def count_frames(path: Path) -> int:
     """Frames in the first video stream, from the header where it tells, else by counting packets; 0 if unreadable."""
     import av

@@ -5,7 +5,6 @@
 `pushing` needs no pretrained detector: it finds the objects in the generated frames and asks whether they are right.
 """
 
-import argparse
 import json
 import os
 from dataclasses import replace
@@ -67,7 +66,9 @@ def score_pushing(cfg, model, tokenizer, device, clips, batch, seed) -> dict:
             for name, s in (("sample", seed), ("other seed", seed + 1)):
                 video, _ = sample.continue_clips(model, tokenizer, part[:, : opts.context], opts, s, index)
                 videos[name].append(data.to_uint8(video))
-        losses = validate(model, torch.cat(latents)[:64], cfg.seed)
+        losses = [validate(model, part, cfg.seed) for part in latents]
+        shares = [len(part) / clips for part in latents]
+        losses = {name: sum(share * part[name] for share, part in zip(shares, losses)) for name in losses[0]}
     videos = {name: np.concatenate(parts) for name, parts in videos.items()}
     scores = {name: object_scores(video, states, opts.context) for name, video in videos.items()}
     ends = [[data.detect(data.to_tensor(clip[-1:]).numpy()) for clip in videos[n]] for n in ("sample", "other seed")]
@@ -97,11 +98,11 @@ def report(s, opts, clips):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, help="a run folder, or one of its .pt files")
     parser.add_argument("--protocol", required=True, choices=["pushing"])
     parser.add_argument("--clips", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=64, help="clips generated at once; does not change the result")
+    parser.add_argument("--batch", type=int, default=64, help="clips generated at once; does not change them")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     sample.add_options(parser, skip=("clips",))
     args = parser.parse_args()

@@ -7,7 +7,6 @@
 Writes samples.npz, samples.mp4, grid.png (truth above sample) and steps.png (how one frame comes about).
 """
 
-import argparse
 import contextlib
 import math
 import os
@@ -155,13 +154,18 @@ def load_run(path, device) -> tuple[config.Config, CanvasMAR, vae.Tokenizer]:
     file = path / "latest.pt" if path.is_dir() else path
     if path.is_dir() and not file.exists():
         raise UserError(f"{path} holds no latest.pt; is the training still at the tokenizer?")
-    stored = vae.read_checkpoint(file, "model")
+    stored = vae.read_checkpoint(file, "model", ("config", "tokenizer", "ema"))
     cfg = config.from_dict(stored["config"], where=str(file))
+    beside = file.parent / "config.yaml"
+    if beside.exists():  # where the videos are now, and what to sample, may have been edited since
+        now = config.load(beside)
+        cfg = replace(cfg, data=replace(cfg.data, path=now.data.path), sample=now.sample)
+        config.check(cfg)
     tokenizer = vae.load(file.parent / "tokenizer.pt", device)
     if tokenizer.fingerprint() != stored["tokenizer"]:
         raise UserError(f"{file.parent / 'tokenizer.pt'} is not the tokenizer that {file} was trained with")
     model = CanvasMAR(cfg)
-    model.load_state_dict(stored["ema"])
+    vae.load_state(model, stored["ema"], file)
     return cfg, model.to(device).eval().requires_grad_(False), tokenizer
 
 
@@ -188,15 +192,16 @@ def figure(rows, titles, labels, path):
     fig.savefig(path)
 
 
-def draw_grid(samples, truth, context, path, clips=6):
-    """grid.png: for each of several clips, truth above sample. uint8 (clips, T, H, W, 3); truth may be None."""
+def draw_grid(samples, truth, context, path, clips=6, most=16):
+    """grid.png: for each of several clips, truth above sample. uint8 (clips, T, H, W, 3); truth may be None. Of a long clip,
+    `most` frames spread evenly."""
+    times = np.unique(np.linspace(0, samples.shape[1] - 1, min(most, samples.shape[1])).round().astype(int))
     rows, labels = [], []
     for i in range(min(clips, len(samples))):
         if truth is not None:
-            rows.append(list(truth[i])), labels.append(f"clip {i} truth")
-        rows.append(list(samples[i])), labels.append("sample" if truth is not None else f"clip {i}")
-    titles = [f"context {t + 1}" if t < context else str(t + 1) for t in range(samples.shape[1])]
-    figure(rows, titles, labels, path)
+            rows.append(list(truth[i, times])), labels.append(f"clip {i} truth")
+        rows.append(list(samples[i, times])), labels.append("sample" if truth is not None else f"clip {i}")
+    figure(rows, [f"context {t + 1}" if t < context else str(t + 1) for t in times], labels, path)
 
 
 def draw_steps(frames, tokenizer, samples, truth, context, path, clips=4):
@@ -236,8 +241,7 @@ def write_mp4(video, path, fps=8, scale=4):
 
 def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, device, progress=True):
     """Continue each clip of `videos` (clips, >= context, 3, H, W) and write the four files into the folder `out`."""
-    out, opts = Path(out), cfg.sample
-    out.mkdir(parents=True, exist_ok=True)
+    out, opts = make_folder(out), cfg.sample
     samples, first = [], None
     with autocast(device, cfg.train.precision):
         for begin in range(0, len(videos), batch):
@@ -248,14 +252,22 @@ def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, de
             first = first or frames
         samples = np.concatenate(samples)
         truth = data.to_uint8(videos) if has_truth else None
+        arrays = {"samples": samples, "context": np.array(opts.context)} | ({"truth": truth} if has_truth else {})
+        with open(out / "samples.npz.tmp", "wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(out / "samples.npz.tmp", out / "samples.npz")
         draw_steps(first, tokenizer, samples, truth, opts.context, out / "steps.png")
     draw_grid(samples, truth, opts.context, out / "grid.png")
     write_mp4(samples, out / "samples.mp4")
-    arrays = {"samples": samples, "context": np.array(opts.context)} | ({"truth": truth} if has_truth else {})
-    with open(out / "samples.npz.tmp", "wb") as file:
-        np.savez_compressed(file, **arrays)
-    os.replace(out / "samples.npz.tmp", out / "samples.npz")
-    return samples
+
+
+def make_folder(path) -> Path:
+    """The folder, made if need be. Raises UserError where it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
+    return Path(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- CLI
@@ -275,15 +287,18 @@ def apply_options(cfg: config.Config, args) -> tuple[config.Config, int]:
     for name in tree["sample"]:
         if given.get(name) is not None:
             tree["sample"][name] = given[name]
-    return config.from_dict(tree, where="options"), cfg.seed if args.seed is None else args.seed
+    if args.seed is not None:
+        tree["seed"] = args.seed
+    cfg, seed = config.from_dict(tree, where="options"), cfg.seed
+    return replace(cfg, seed=seed), seed if args.seed is None else args.seed
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, help="a run folder, or one of its .pt files")
     parser.add_argument("--out", help="folder for the results (default: samples/ in the run folder)")
     parser.add_argument("--video", help="continue the end of this video instead of clips of the test split")
-    parser.add_argument("--batch", type=int, default=64, help="clips generated at once; does not change the result")
+    parser.add_argument("--batch", type=int, default=64, help="clips generated at once; does not change them")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add_options(parser)
     args = parser.parse_args()
@@ -299,7 +314,7 @@ def main():
     else:
         source = data.open_source(cfg.data, cfg.seed, "test", opts.frames)
         videos = torch.stack([source.clip(i) for i in range(opts.clips)])
-    out = Path(args.out) if args.out else (Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent) / "samples"
+    out = make_folder(args.out or (Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent) / "samples")
     write_samples(out, cfg, model, tokenizer, videos, not args.video, seed, args.batch, device)
     print(f"wrote samples.npz, samples.mp4, grid.png and steps.png to {out}")
 

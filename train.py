@@ -7,11 +7,13 @@
 Everything goes to the folder `run` of the configuration. The same command goes on from the last checkpoint there.
 """
 
+import contextlib
 import copy
 import ctypes
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -65,6 +67,7 @@ class Machine:
     device: torch.device
     rank: int
     ranks: int
+    busy: bool = False  # in the training loop, which ends its step and saves before it stops
     stopped: int = 0  # the signal that asked us to stop
 
 
@@ -73,6 +76,8 @@ def start_machine(cfg: Config) -> Machine:
     rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = sample.pick_device(cfg.device)
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} has no GPU of its own: there are {torch.cuda.device_count()}; start fewer processes")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -83,6 +88,8 @@ def start_machine(cfg: Config) -> Machine:
     machine = Machine(device, rank, ranks)
 
     def stop(number, _frame):
+        if not machine.busy or machine.stopped:
+            sys.exit(128 + number)
         machine.stopped = number
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -92,10 +99,10 @@ def start_machine(cfg: Config) -> Machine:
 
 def keep_freed_memory():
     """Tell glibc to keep large freed blocks: a training step frees and asks for the same ones again, and getting fresh
-    pages from the kernel each time costs a fifth of a step. Does nothing elsewhere."""
+    pages from the kernel each time is slow. Does nothing elsewhere."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):  # M_MMAP_THRESHOLD; its documented limit is the second
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 # What may change when a run goes on: it does not touch what has been learned so far.
@@ -106,6 +113,8 @@ FREE = ("run", "device", "data.path", "data.workers", "tokenizer.checkpoint", "t
 def open_run(cfg: Config, machine: Machine) -> Config:
     """Make the run's folder, or check that the one there was made with the same configuration. Returns cfg, resolved."""
     folder, file = Path(cfg.run), Path(cfg.run) / "config.yaml"
+    if file.resolve() == Path(sys.argv[1]).resolve() and not (folder / "metrics.jsonl").exists():
+        raise UserError(f"run={cfg.run} is the folder of {sys.argv[1]} itself, which would be overwritten; choose another")
     old = config.load(file) if file.exists() else None
     precision = pick_precision(cfg, machine, old)
     cfg = replace(cfg, train=replace(cfg.train, precision=precision))
@@ -117,11 +126,7 @@ def open_run(cfg: Config, machine: Machine) -> Config:
             raise UserError(f"{folder} was made with another configuration: {what}; set run= to another folder")
     barrier()  # all have looked
     if machine.rank == 0 and not old:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            config.save(cfg, file)
-        except OSError as error:
-            raise UserError(f"cannot write to run={folder}: {error.strerror}") from None
+        config.save(cfg, sample.make_folder(folder) / "config.yaml")
     return cfg
 
 
@@ -255,6 +260,7 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
     batches = iter(data.loader(source, cfg.seed, stage.batch, first * a, stage.steps * a, machine.rank, machine.ranks, cfg.data.workers))
     bar = tqdm(total=stage.steps, initial=first, desc=stage.kind.split("-")[0], unit="step", disable=machine.rank > 0)
     net.train()
+    machine.busy = True
     for step in range(first + 1, stage.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * lr_share(step, t.warmup, stage.steps)
@@ -279,6 +285,7 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
             if machine.rank == 0:
                 print(f"stopped at step {step} of {stage.steps}; the same command goes on from there", file=sys.stderr)
             sys.exit(128 + stop)
+    machine.busy = False
     bar.close()
     return ema
 
@@ -351,12 +358,14 @@ def save(cfg, machine, stage, ema, optimizer, step):
         "net": stage.net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
     }  # fmt: skip
     folder = Path(cfg.run)
-    torch.save(state, folder / f"{stage.file}.tmp")
-    os.replace(folder / f"{stage.file}.tmp", folder / stage.file)
+    vae.write_checkpoint(state, folder / stage.file)
     if stage.kind == "model":
         kept = folder / f"step_{step:08d}.pt"
         kept.unlink(missing_ok=True)
-        os.link(folder / stage.file, kept)  # the same bytes under a second name
+        try:
+            os.link(folder / stage.file, kept)  # the same bytes under a second name
+        except OSError:  # a file system without hard links
+            shutil.copyfile(folder / stage.file, kept)
         for old in sorted(folder.glob("step_*.pt"))[: -cfg.train.keep]:
             old.unlink()
 
@@ -365,17 +374,18 @@ def resume(cfg, machine, stage, ema, optimizer) -> int:
     """Load the stage's checkpoint into net, average and optimizer; returns its step, 0 without one."""
     file = Path(cfg.run) / stage.file
     if not file.exists():
+        if machine.rank == 0:
+            forget_metrics(cfg, stage, 0)
         return 0
-    stored = vae.read_checkpoint(file, stage.kind)
+    stored = vae.read_checkpoint(file, stage.kind, ("step", "clips_per_step", "net", "ema", "optimizer"))
     if stored.get("tokenizer") != stage.extra.get("tokenizer"):
         raise UserError(f"{file} was trained with another tokenizer than {Path(cfg.run) / 'tokenizer.pt'}")
     now = clips_per_step(machine, stage)
     if stored["clips_per_step"] != now:
         raise UserError(f"{file} was trained with {stored['clips_per_step']} clips a step (processes x batch x accumulate), "
                         f"now it would be {now}; choose train.batch and train.accumulate so that the product stays")  # fmt: skip
-    stage.net.load_state_dict(stored["net"])
-    ema.load_state_dict(stored["ema"])
-    optimizer.load_state_dict(stored["optimizer"])
+    for part, state in ((stage.net, "net"), (ema, "ema"), (optimizer, "optimizer")):
+        vae.load_state(part, stored[state], file)
     if machine.rank == 0:
         forget_metrics(cfg, stage, stored["step"])
     return stored["step"]
@@ -386,16 +396,21 @@ def clips_per_step(machine, stage):
 
 
 def forget_metrics(cfg, stage, step):
-    """Drop what metrics.jsonl says of steps after the checkpoint: they are about to be done again."""
-    file = Path(cfg.run) / "metrics.jsonl"
-    lines = [line for line in read_metrics(cfg) if line["stage"] != stage.kind or line["step"] <= step]
-    file.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(file.with_suffix(".tmp"), file)
+    """Drop what metrics.jsonl says of this stage after `step`: it is about to be done again."""
+    file, lines = Path(cfg.run) / "metrics.jsonl", read_metrics(cfg)
+    keep = [line for line in lines if line["stage"] != stage.kind or line["step"] <= step]
+    if file.exists():
+        file.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in keep))
+        os.replace(file.with_suffix(".tmp"), file)
 
 
 def read_metrics(cfg) -> list[dict]:
-    file = Path(cfg.run) / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The lines of metrics.jsonl; one that a crash cut short is left out."""
+    file, lines = Path(cfg.run) / "metrics.jsonl", []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def log(cfg, machine, stage, step, values) -> dict:

@@ -22,7 +22,7 @@ def generators(n, seed=0):
 @settings(max_examples=12)
 @given(st.integers(2, 7), st.integers(1, 4), st.data())
 def test_a_frame_changes_no_earlier_z_t_and_some_later_one(frames, window, draw):
-    model = tiny_model(f"model.window={window}")
+    model = tiny_model(f"model.window={window}", "data.frames=9")
     p, j = clips(model, 1, frames), draw.draw(st.integers(0, frames - 1))
     moved = p.clone()
     moved[:, j] += torch.randn_like(moved[:, j])
@@ -43,7 +43,7 @@ def test_frame_j_of_the_clip_reaches_the_loss_of_later_frames_only():
 @settings(max_examples=12)
 @given(st.integers(1, 9), st.integers(1, 4))
 def test_cached_steps_equal_full_attention_also_past_the_window(frames, window):
-    model = tiny_model(f"model.window={window}")
+    model = tiny_model(f"model.window={window}", "data.frames=9")
     p, cache = clips(model, 2, frames), Cache(model.temporal)
     stepped = torch.stack([model.temporal.step(p[:, t], cache) for t in range(frames)], dim=1)
     torch.testing.assert_close(stepped, model.temporal(p), atol=1e-5, rtol=1e-5)

@@ -11,7 +11,7 @@ from config import UserError
 DEFAULT = ROOT / "config.yaml"
 
 
-FREE = [o for o in TINY if not o.startswith(("tokenizer.stride", "model.width", "model.heads", "sample.frames"))]
+FREE = [o for o in TINY if not o.startswith(("tokenizer.stride", "model.width", "model.heads", "sample.frames", "data.frames"))]
 
 
 @given(st.lists(st.sampled_from(FREE), unique=True))
@@ -65,6 +65,8 @@ BAD = {
     "model.width=96 does not give model.heads=5": "model.heads=5",
     "sample.context=10 leaves nothing to predict of sample.frames=10": "sample.context=10",
     "sample.steps=65 is more than the 64 tokens": "sample.steps=65",
+    "model.window=7 is more than the data.frames=6": "model.window=7",
+    "run is empty": "run=",
     "data.size=48: the pushing world": "data.size=48",
     "needs data.path": "data.name=folder",
 }
@@ -99,7 +101,7 @@ def test_broken_files_are_user_errors(tmp_path, text):
 
 def test_the_script_says_it_in_one_line_with_status_two(tmp_path):
     run = f"run={tmp_path / 'run'}"
-    for command in ([], ["none.yaml"], ["config.yaml", "train.stepz=1", run], ["config.yaml", "device=cuda", run],
+    for command in ([], ["none.yaml"], ["config.yaml", "run=."], ["config.yaml", "train.stepz=1", run], ["config.yaml", "device=cuda", run],
                     ["config.yaml", "data.name=folder", f"data.path={tmp_path}", "device=cpu", run]):  # fmt: skip
         _, err = script("train.py", *command, expect=2)
         assert err.startswith("error: ") and len(err.strip().splitlines()) == 1

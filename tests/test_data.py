@@ -190,6 +190,13 @@ def test_a_folder_is_read_as_a_tree_split_and_repeatable(tmp_path):
     assert len({number(train.clip(3 + 11 * k)[0]) for k in range(12)}) > 1  # later epochs see other stretches
 
 
+def test_the_split_is_made_of_usable_videos(tmp_path):
+    for i in range(9):
+        write_video(tmp_path / f"{i}.mp4", frames=20 if i == 4 or i == 7 else 2)
+    train, test = folder(tmp_path), folder(tmp_path, split="test", frames=10)
+    assert {p.stem for p, _ in train.videos} | {p.stem for p, _ in test.videos} == {"4", "7"} and len(train) == len(test) == 1
+
+
 def test_own_splits_are_kept(tmp_path):
     for split, count in (("train", 2), ("test", 3)):
         (tmp_path / split).mkdir()
@@ -205,8 +212,8 @@ def test_short_and_broken_videos_are_left_out_in_words(tmp_path, capsys):
     (tmp_path / "train" / "empty.mp4").touch()
     (tmp_path / "train" / "text.mkv").write_text("not a video")
     assert len(folder(tmp_path)) == 1
-    said = capsys.readouterr().out
-    assert "short.mp4" in said and "2 files" in said
+    said = capsys.readouterr().err
+    assert "1 videos are shorter" in said and "2 files" in said
     with pytest.raises(UserError, match="no video of at least 4 frames"):
         folder(tmp_path, split="test")
     with pytest.raises(UserError, match="is not a folder"):

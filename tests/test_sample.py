@@ -1,6 +1,7 @@
 """Guidance, the sampler, and sample.py as a user runs it."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -142,9 +143,12 @@ def test_intermediate_frames_show_known_tokens_and_the_canvas_elsewhere(steps, o
         open_before = still_canvas.sum().item() / 2
 
 
-def test_the_noise_does_not_depend_on_the_number_of_steps():
-    draw = lambda: torch.rand(5, generator=clip_generator(3, 9))
-    assert torch.equal(draw(), draw()) and not torch.equal(draw(), torch.rand(5, generator=clip_generator(9, 3)))
+def test_the_noise_does_not_depend_on_the_number_of_steps(monkeypatch):
+    model, x = tiny_model(), torch.zeros(2, 1, 16, 2)
+    monkeypatch.setattr(sample, "solve", lambda velocity, noise, steps: noise)
+    assert torch.equal(run(model, x, [3, 4], steps=1), run(model, x, [3, 4], steps=7))
+    draw = lambda seed, clip: torch.rand(5, generator=clip_generator(seed, clip))
+    assert torch.equal(draw(3, 9), draw(3, 9)) and not torch.equal(draw(3, 9), draw(9, 3))
 
 
 # ------------------------------------------------------------------------------------------------------------ the script
@@ -174,6 +178,21 @@ def test_script_predicts_from_nothing_and_far_beyond_the_window(trained, tmp_pat
     assert np.load(tmp_path / "samples.npz")["samples"].shape == (1, 9, 32, 32, 3)
 
 
+def test_script_refuses_an_output_that_is_a_file(trained, tmp_path):
+    (tmp_path / "taken").touch()
+    _, err = script("sample.py", "--ckpt", trained, "--out", tmp_path / "taken", expect=2)
+    assert "cannot make the folder" in err and len(err.strip().splitlines()) == 1
+
+
+def test_script_follows_the_configuration_beside_the_checkpoint(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("  clips: 2\n", "  clips: 3\n"))
+    script("sample.py", "--ckpt", run, "--out", tmp_path / "out")
+    assert len(np.load(tmp_path / "out" / "samples.npz")["samples"]) == 3
+
+
 def test_script_continues_a_video_of_the_user(trained, tmp_path):
     from test_data import write_video
 
@@ -195,6 +214,8 @@ BAD = {
     "sample.order must be one of": ["--ckpt", "{run}", "--order", "diagonal"],
     "sample.clips=0": ["--ckpt", "{run}", "--clips", "0"],
     "this machine has none": ["--ckpt", "{run}", "--device", "cuda"],
+    "seed=-1 must lie between": ["--ckpt", "{run}", "--seed", "-1"],
+    "invalid int value: 'many'": ["--ckpt", "{run}", "--clips", "many"],
     "cannot be read as video": ["--ckpt", "{run}", "--video", "{run}/none.mp4"],
 }
 
@@ -215,4 +236,6 @@ def test_truncated_and_mismatched_checkpoints_are_refused(trained, tmp_path):
     stored["state"]["mean"] += 1
     (tmp_path / "latest.pt").write_bytes(whole)
     torch.save(stored, tmp_path / "tokenizer.pt")
+    torch.save({"kind": "model"}, tmp_path / "foreign.pt")
+    assert "is not a model checkpoint" in script("sample.py", "--ckpt", tmp_path / "foreign.pt", expect=2)[1]
     assert "is not the tokenizer that" in script("sample.py", "--ckpt", tmp_path, expect=2)[1]

@@ -108,6 +108,31 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, kill):
     assert_same_run(whole, broken)
 
 
+def test_what_a_crash_left_in_the_metrics_is_done_again(tmp_path):
+    run = tmp_path / "run"
+    train(run)
+    before = lines(run)
+    for left in ('{"stage": "model", "st', '{"stage": "model", "step": 99, "loss": 1.0}\n'):
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(left)
+        train(run)
+        assert lines(run) == before
+    for name in ("latest.pt", "step_00000004.pt", "step_00000002.pt"):  # killed before the first checkpoint
+        (run / name).unlink()
+    train(run)
+    assert lines(run) == before
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_precision_is_decided_once_and_kept(tmp_path, precision):
+    run = tmp_path / "run"
+    train(run, f"train.precision={precision}")
+    decided = config.load(run / "config.yaml").train.precision
+    assert decided in (("fp32", "bf16") if precision == "auto" else ("bf16",))
+    train(run, f"train.precision={precision}", "train.steps=5")
+    assert config.load(run / "config.yaml").train.precision == decided
+
+
 def test_a_run_can_be_made_longer(trained, tmp_path):
     run = tmp_path / "run"
     train(run)
@@ -143,18 +168,20 @@ def test_damaged_checkpoints_stop_the_run_in_words(tmp_path):
     assert "latest.pt is damaged" in err and len(err.strip().splitlines()) == 1
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+
+
 def final_weights(run):
     return torch.load(run / "latest.pt", weights_only=True)["net"]
 
 
-@pytest.mark.parametrize("how", ["two processes", "two batches"])
+@pytest.mark.parametrize("how", ["two processes", "two batches", "both"])
 def test_two_halves_equal_the_doubled_batch(trained, tmp_path, how):
     options = [*TINY, f"tokenizer.checkpoint={trained / 'tokenizer.pt'}", "train.steps=3", "train.lr=1e-4"]
     script("train.py", "config.yaml", f"run={tmp_path / 'one'}", *options, "train.batch=4")
-    if how == "two processes":
-        script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", "config.yaml", f"run={tmp_path / 'two'}", *options)
-    else:
-        script("train.py", "config.yaml", f"run={tmp_path / 'two'}", *options, "train.accumulate=2")
+    start = ["train.py"] if how == "two batches" else [*TORCHRUN, "train.py"]
+    parts = {"two processes": [], "two batches": ["train.accumulate=2"], "both": ["train.batch=1", "train.accumulate=2"]}[how]
+    script(*start, "config.yaml", f"run={tmp_path / 'two'}", *options, *parts)
     one, two = final_weights(tmp_path / "one"), final_weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
@@ -165,9 +192,8 @@ def test_two_halves_equal_the_doubled_batch(trained, tmp_path, how):
 
 def test_two_processes_train_both_stages_and_go_on_with_one(tmp_path):
     run = tmp_path / "run"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    script(*torchrun, "train.py", "config.yaml", f"run={run}", *TINY)
-    train(run, "train.steps=6", "train.batch=4")
+    script(*TORCHRUN, "train.py", "config.yaml", f"run={run}", *TINY, "train.precision=auto")
+    train(run, "train.steps=6", "train.batch=4", "train.precision=auto")
     assert torch.load(run / "latest.pt", weights_only=True)["step"] == 6
 
 
