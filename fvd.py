@@ -84,14 +84,16 @@ def score_pushing(cfg, model, tokenizer, device, clips, batch, seed) -> dict:
 
 
 def report(s, opts, clips):
-    """The figures in words."""
+    """The figures in words; `right` and `speed` are means of both seeds."""
     right, speed = s["right"], s["speed_ratio"]
-    print(f"{clips} held-out clips, {opts.frames - opts.context} frames from {opts.context}, S={opts.steps}, K={opts.solver_steps} midpoint, "
+    mean = lambda of: (of["sample"] + of["other seed"]) / 2
+    print(f"{clips} held-out clips, two samples of each, {opts.frames - opts.context} frames from {opts.context}, S={opts.steps}, K={opts.solver_steps} midpoint, "
           f"guidance ({opts.cfg_temporal}, {opts.cfg_canvas}), order {opts.order}")  # fmt: skip
-    print(f"frames with every object whole and in its colour: {right['sample']:.1%} "
-          f"(real {right['real']:.1%}, through the tokenizer {right['reconstruction']:.1%})")  # fmt: skip
-    print(f"gripper's speed over the real one: {speed['sample']:.3f} (through the tokenizer {speed['reconstruction']:.3f}); "
-          f"end positions of two seeds lie {s['seeds_apart']:.3f} table widths apart")  # fmt: skip
+    print(f"frames with every object whole and in its colour: {mean(right):.1%} "
+          f"({right['sample']:.1%} and {right['other seed']:.1%} with two seeds; real {right['real']:.1%}, through the tokenizer {right['reconstruction']:.1%})")  # fmt: skip
+    print(f"gripper's speed over the real one: {mean(speed):.3f} ({speed['sample']:.3f} and {speed['other seed']:.3f}; "
+          f"through the tokenizer {speed['reconstruction']:.3f})")  # fmt: skip
+    print(f"end positions of the two samples: {s['seeds_apart']:.3f} table widths apart")
     if s["canvas_over_copy"] is not None:
         print(f"canvas over copying the last frame, latent MSE: {s['canvas_over_copy']:.3f}")
     print(f"diffusion loss at mask ratio 0.3 over that at 1.0: {s['loss_at_0.3_over_1.0']:.3f}")

@@ -54,7 +54,7 @@ def test_a_lost_gripper_has_no_speed():
 
 def test_script_prints_and_writes_the_figures(trained):
     out, _ = script("fvd.py", "--ckpt", trained, "--protocol", "pushing", "--clips", 5, "--batch", 2, "--steps", 3)
-    assert "5 held-out clips, 2 frames from 2, S=3" in out and "mask ratio 0.3 over that at 1.0" in out
+    assert "5 held-out clips, two samples of each, 2 frames from 2, S=3" in out and "mask ratio 0.3 over that at 1.0" in out
     scores = json.loads((trained / "scores.json").read_text())
     assert scores["clips"] == 5 and scores["steps"] == 3 and scores["right"]["real"] == 1 and 0 <= scores["right"]["sample"] <= 1
     assert scores["canvas_over_copy"] == pytest.approx(scores["losses"]["canvas"] / scores["losses"]["copy"])
