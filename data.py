@@ -258,15 +258,16 @@ def detect(video: np.ndarray) -> dict[str, np.ndarray]:
 
 # --------------------------------------------------------------------------------------------- folder: files of video
 
+FEW = 20  # fewer videos than this are split in time: holding out whole ones would leave the tokenizer colours it never saw
 VIDEO_FILES = (".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".gif")
 
 
 class Folder:
     """Random clips of the video files anywhere below `data.path`, each video equally often.
 
-    The split is the folders `train/` and `test/` where both exist, else a stable hash of each file's path puts about
-    one video in ten into the test split (a single video serves both). Videos shorter than a clip are left out, with
-    one warning that counts them. Raises UserError if nothing usable is left.
+    The split is the folders `train/` and `test/` where both exist; else, of fewer than FEW videos, the last fifth of each
+    is the test split, and of more, one video in ten, chosen by a stable hash of its path. What is shorter than a clip is
+    left out, with one warning that counts it. Raises UserError if nothing usable is left.
     """
 
     def __init__(self, data: Data, seed: int, split: str, frames: int):
@@ -277,24 +278,24 @@ class Folder:
         files = sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEO_FILES and p.is_file())
         length = {path: count_frames(path) for path in files}
         broken = [path for path in files if length[path] == 0]
-        usable = [path for path in files if length[path] >= (data.frames - 1) * data.stride + 1]  # what both splits share out
+        usable = {p: n for p, n in length.items() if n >= (data.frames - 1) * data.stride + 1}  # what both splits share out
         mine = _split(root, usable, split)
-        self.videos = [(path, length[path]) for path in mine if length[path] >= self.need]
+        self.videos = [(path, first, count) for path, first, count in mine if count >= self.need]
         short = len(files) - len(broken) - len(usable) + len(mine) - len(self.videos)
         if short:
             print(f"warning: {short} videos are shorter than a clip of the {split} split ({self.need} frames) and left out", file=sys.stderr)
         if broken:
             print(f"warning: {len(broken)} files cannot be read as video and are left out, such as {broken[0]}", file=sys.stderr)
         if not self.videos:
-            raise UserError(f"no video of at least {self.need} frames in {data.path} for the {split} split")
+            raise UserError(f"no video of at least {self.need} frames in {data.path} for the {split} split; fewer or closer frames may help")
 
     def __len__(self):
         return len(self.videos)
 
     def clip(self, index: int) -> torch.Tensor:
         """(T, 3, size, size) float32 in [-1, 1]; the index decides both the video and the stretch of it."""
-        path, length = self.videos[index % len(self)]
-        start = int(np.random.default_rng([self.seed, self.split, index]).integers(length - self.need + 1))
+        path, first, count = self.videos[index % len(self)]
+        start = first + int(np.random.default_rng([self.seed, self.split, index]).integers(count - self.need + 1))
         frames = read_video(path, self.size, start, self.frames, self.stride)
         if len(frames) < self.frames:  # the header promised more than the file holds
             frames = read_video(path, self.size, 0, self.frames, self.stride)
@@ -303,14 +304,15 @@ class Folder:
         return to_tensor(frames)
 
 
-def _split(root: Path, files: list[Path], split: str) -> list[Path]:
+def _split(root: Path, length: dict[Path, int], split: str) -> list[tuple[Path, int, int]]:
+    """The (path, first frame, frames) that belong to a split, of the usable videos and their lengths."""
     if all((root / s).is_dir() for s in SPLITS):
-        return [p for p in files if p.is_relative_to(root / split)]
-    if len(files) < 2:
-        return files
-    rank = sorted(files, key=lambda p: hashlib.sha256(os.fsencode(p.relative_to(root))).digest())
-    test = set(rank[: max(1, len(files) // 10)])
-    return [p for p in files if (p in test) == (split == "test")]
+        return [(p, 0, n) for p, n in length.items() if p.is_relative_to(root / split)]
+    if len(length) < FEW:
+        return [(p, 0, n - n // 5) if split == "train" else (p, n - n // 5, n // 5) for p, n in length.items()]
+    rank = sorted(length, key=lambda p: hashlib.sha256(os.fsencode(p.relative_to(root))).digest())
+    test = set(rank[: len(rank) // 10])
+    return [(p, 0, n) for p, n in length.items() if (p in test) == (split == "test")]
 
 
 @functools.lru_cache(maxsize=None)

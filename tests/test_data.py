@@ -179,22 +179,24 @@ def test_the_short_side_is_scaled_and_the_centre_cut_out(tmp_path):
 
 def test_a_folder_is_read_as_a_tree_split_and_repeatable(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    for i in range(12):
-        write_video(tmp_path / ("deep/er" if i % 2 else "deep") / f"{i}.mp4", frames=8 + i)
-    train, test = folder(tmp_path, stride=2), folder(tmp_path, split="test")
-    assert len(test) == 1 and len(train) == 11 and not {p for p, _ in train.videos} & {p for p, _ in test.videos}
+    for i in range(24):
+        write_video(tmp_path / ("deep/er" if i % 2 else "deep") / f"{i}.mp4", frames=9 + i // 2)
+    train, test = folder(tmp_path, stride=2), folder(tmp_path, split="test", stride=2)
+    assert len(test) == 2 and len(train) == 22 and not {v[0] for v in train.videos} & {v[0] for v in test.videos}
     clip = train.clip(5)
     assert clip.shape == (4, 3, 32, 32) and torch.equal(clip, folder(tmp_path, stride=2).clip(5))
     first = number(clip[0])
     assert [number(f) for f in clip] == [first, first + 2, first + 4, first + 6]
-    assert len({number(train.clip(3 + 11 * k)[0]) for k in range(12)}) > 1  # later epochs see other stretches
+    assert len({number(train.clip(3 + 22 * k)[0]) for k in range(12)}) > 1  # later epochs see other stretches
 
 
-def test_the_split_is_made_of_usable_videos(tmp_path):
-    for i in range(9):
-        write_video(tmp_path / f"{i}.mp4", frames=20 if i == 4 or i == 7 else 2)
-    train, test = folder(tmp_path), folder(tmp_path, split="test", frames=10)
-    assert {p.stem for p, _ in train.videos} | {p.stem for p, _ in test.videos} == {"4", "7"} and len(train) == len(test) == 1
+def test_few_videos_are_split_in_time_and_short_ones_do_not_count(tmp_path):
+    for i in range(5):
+        write_video(tmp_path / f"{i}.mp4", frames=20 if i in (2, 4) else 3)
+    train, test = folder(tmp_path), folder(tmp_path, split="test")
+    assert len(train) == len(test) == 2
+    seen, held_out = ({number(f) for i in range(40) for f in source.clip(i)} for source in (train, test))
+    assert seen == set(range(16)) and held_out == set(range(16, 20))
 
 
 def test_own_splits_are_kept(tmp_path):

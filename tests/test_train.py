@@ -202,7 +202,7 @@ def test_a_folder_of_videos_trains_and_a_video_goes_on(tmp_path):
 
     (tmp_path / "videos").mkdir()
     for i in range(3):
-        write_video(tmp_path / "videos" / f"{i}.mp4", frames=10 + i)
+        write_video(tmp_path / "videos" / f"{i}.mp4", frames=26 + 10 * i)
     run = tmp_path / "run"
     train(run, "data.name=folder", f"data.path={tmp_path / 'videos'}", "data.stride=2")
     script("sample.py", "--ckpt", run, "--video", tmp_path / "videos" / "0.mp4", "--out", tmp_path / "out")
