@@ -287,7 +287,8 @@ class Folder:
         if broken:
             print(f"warning: {len(broken)} files cannot be read as video and are left out, such as {broken[0]}", file=sys.stderr)
         if not self.videos:
-            raise UserError(f"no video of at least {self.need} frames in {data.path} for the {split} split; fewer or closer frames may help")
+            raise UserError(f"no video of at least {self.need} frames in {data.path} for the {split} split; "
+                            "fewer or closer frames may help")  # fmt: skip
 
     def __len__(self):
         return len(self.videos)
