@@ -145,7 +145,7 @@ def write_video(path, frames=20, size=(64, 48), codec="mpeg4", fmt=None):
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.options = {"g": "5"}
         for t in range(frames):
-            image = np.full((size[1], size[0], 3), 40 + 8 * t, np.uint8)
+            image = np.full((size[1], size[0], 3), min(40 + 8 * t, 255), np.uint8)
             image[:, :4] = 255
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
