@@ -82,7 +82,7 @@ def fourier(tau):
 def solve(velocity, x, steps: int):
     """Integrate dx/dtau = velocity(x, tau) from tau = 0 (noise) to 1 (data) by the midpoint rule, which is of order 2.
 
-    x (..., C); velocity gets tau as a number; two calls a step. Our choice: at equal calls it beats Euler.
+    x (..., C); velocity gets tau as a number; two calls a step. Our choice.
     """
     h = 1.0 / steps
     for k in range(steps):

@@ -100,6 +100,7 @@ def report(s, opts, clips):
 
 
 def main():
+    """The command line: prints the scores and writes scores.json beside the checkpoint. Raises UserError."""
     parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, help="a run folder, or one of its .pt files")
     parser.add_argument("--protocol", required=True, choices=["pushing"])

@@ -37,7 +37,7 @@ class Block(nn.Module):
     """Pre-norm transformer block on frames of grid * grid tokens, x (B, T*N, D) -> (B, T*N, D).
 
     It begins with a depthwise 3x3 convolution inside each frame, a conditional position encoding (Chu et al. 2021, arXiv
-    2102.10882): our choice, it makes learning several times faster.
+    2102.10882): our choice.
     """
 
     def __init__(self, width: int, heads: int, grid: int):

@@ -207,7 +207,7 @@ def draw_grid(samples, truth, context, path, clips=6, most=16):
 def draw_steps(frames, tokenizer, samples, truth, context, path, clips=4):
     """steps.png: for the first generated frame of several clips, the context, the canvas decoded through its linear head,
     the frame after each spatial step, the result and the truth."""
-    frame, rows = frames[0], []
+    frame = frames[0]
     decode = lambda latent: data.to_uint8(tokenizer.decode(latent[:, None])[:, 0])
     stages = [("canvas", frame.canvas)] if frame.canvas is not None else []
     stages += [(f"step {s + 1}", latent) for s, latent in enumerate(frame.steps)]
@@ -294,6 +294,7 @@ def apply_options(cfg: config.Config, args) -> tuple[config.Config, int]:
 
 
 def main():
+    """The command line. Raises UserError for bad options, checkpoints and videos."""
     parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, help="a run folder, or one of its .pt files")
     parser.add_argument("--out", help="folder for the results (default: samples/ in the run folder)")

@@ -37,6 +37,7 @@ LOG_EVERY, HELD_OUT = 10, 32  # steps between lines of metrics.jsonl; test clips
 
 
 def main():
+    """Both stages, then samples. Exit status 128 + signal when stopped by SIGINT or SIGTERM. Raises UserError."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise UserError("usage: train.py CONFIG.yaml [key.sub=value ...]")
     cfg = config.load(sys.argv[1], sys.argv[2:])
