@@ -57,8 +57,9 @@ def within(low, high=math.inf):
 
 @dataclass(frozen=True)
 class Data:
-    name: str = one_of("pushing", "folder")
+    name: str = one_of("pushing", "folder", "bair")
     path: str
+    test_list: str
     size: int = within(8)
     frames: int = within(2)
     stride: int = within(1)
@@ -216,8 +217,10 @@ def check(cfg: Config) -> None:
                         f"(data.size={d.size}, tokenizer.stride={t.stride})")
     if s.order == "motion" and not m.canvas:
         raise UserError("sample.order=motion needs the canvas (model.canvas=true) to tell what will move")
-    if d.name == "folder" and not d.path:
-        raise UserError("data.name=folder needs data.path, the folder that holds the videos")
+    if d.name != "pushing" and not d.path:
+        raise UserError(f"data.name={d.name} needs data.path, the folder that holds the {'videos' if d.name == 'folder' else 'TFRecords'}")
+    if d.test_list and d.name != "folder":
+        raise UserError(f"data.test_list is for data.name=folder; data.name={d.name} has a test split of its own")
     if d.name == "pushing" and d.size not in (32, 64):
         raise UserError(f"data.size={d.size}: the pushing world is drawn at 32 or 64 pixels")
 

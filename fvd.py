@@ -1,12 +1,18 @@
-"""Scores of a trained model on held-out clips.
+"""Scores that can be compared: protocols, files, a sanity table, a sweep.
 
-    python fvd.py --ckpt runs/pushing --protocol pushing
+    python fvd.py --ckpt runs/pushing --protocol pushing                # sample the test split and score it
+    python fvd.py --ckpt runs/bair --protocol bair --i3d i3d_torchscript.pt
+    python fvd.py REAL.npz GENERATED.npz                                # or folders of videos
+    python fvd.py sanity --ckpt runs/pushing                            # do the scores see what they should?
+    python fvd.py sweep --ckpt runs/a runs/b --steps 1,2,4 --cfg 1:1,1.5:1 --orders random,motion --seeds 0,1,2
 
-`pushing` needs no pretrained detector: it finds the objects in the generated frames and asks whether they are right.
+Without --i3d there is no FVD: the offline detector (metrics.py) takes its place, and every figure of it says so.
 """
 
+import itertools
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,113 +21,314 @@ import torch
 from tqdm import tqdm
 
 import config
-import data
+import metrics
 import sample
-from canvas import validate
 from config import UserError
+from protocols import PROTOCOLS, Run, collect, summarise
+from video import Unreadable, read_frames, read_index
+
+def open_detectors(args, device) -> list:
+    """The offline detector, and I3D where --i3d names its file."""
+    return [d.to(device).eval() for d in [metrics.Offline(), *([metrics.I3D(args.i3d)] if args.i3d else [])]]
 
 
-def right_frames(found: dict, state: data.State) -> np.ndarray:
-    """(T,) bool: every object of the clip is there, whole and in its colour, and no other colour shows.
-
-    found: `data.detect` of the clip's frames (T, colours). An object is whole if its area is 0.75 to 1.3 of the true one
-    and its compactness below 1.2 (disc 1, square 1.05, two pieces more); another colour may cover a quarter of an object.
-    """
-    area = found["area"][:, state.colour] / state.area()  # (T, bodies)
-    whole = (area > 0.75) & (area < 1.3) & (found["compactness"][:, state.colour] < 1.2)
-    absent = [k for k in range(len(data.PALETTE)) if k not in state.colour]
-    return whole.all(-1) & (found["area"][:, absent] < 0.25 * state.area().min()).all(-1)
+def write_json(scores: dict, path):
+    """Written aside, then renamed: what was there before stays whole."""
+    Path(f"{path}.tmp").write_text(json.dumps(scores, indent=1))
+    os.replace(f"{path}.tmp", path)
 
 
-def gripper_speed(found: dict) -> np.ndarray:
-    """(T-1,) distance the gripper's centre moves from frame to frame, in table widths; NaN where it was not found."""
-    return np.hypot(np.diff(found["x"][:, 0]), np.diff(found["y"][:, 0]))
+# ------------------------------------------------------------------------------------------------------------- commands
 
 
-def object_scores(video, states: list[data.State], context: int) -> dict[str, float]:
-    """Measures of predicted frames, video uint8 (clips, T, H, W, 3): `right`, the share of right frames, and `speed`, the
-    gripper's mean speed in table widths a frame (from the last context frame on). A lost gripper counts in `right` only."""
-    right, speed = [], []
-    for clip, state in zip(video, states):
-        found = data.detect(data.to_tensor(clip).numpy())
-        right.append(right_frames(found, state)[context:])
-        speed.append(gripper_speed(found)[max(context - 1, 0) :])
-    return {"right": float(np.mean(right)), "speed": float(np.nanmean(speed))}
+def run_protocol(args):
+    """--ckpt RUN --protocol NAME: sample the test split and score it; writes scores.json beside the checkpoint."""
+    p = PROTOCOLS[args.protocol]
+    run = Run(args, args.ckpt[0], args.protocol)
+    detectors = open_detectors(args, run.device)
+    names = {f"seed {run.seed + j}": run.seed + j for j in range(args.trajectories or p.trajectories)}
+    kinds = {"floor": run.other_real, "reconstruction": run.reconstruction} | {name: run.samples(seed) for name, seed in names.items()}
+    scores = run.describe() | summarise(run, detectors, collect(run, kinds, detectors), list(names), p.pooled)
+    file = sample.run_folder(args.ckpt[0]) / "scores.json"
+    write_json(scores, file)
+    report(scores)
+    print(f"written to {file}")
 
 
-def score_pushing(cfg, model, tokenizer, device, clips, batch, seed) -> dict:
-    """Sample `clips` test clips twice (two seeds) and measure; real clips and their reconstructions give the floor."""
-    opts = cfg.sample
-    source = data.open_source(cfg.data, cfg.seed, "test", opts.frames)
-    states = [source.state(i) for i in range(clips)]
-    real = torch.stack([source.clip(i) for i in range(clips)])
-    videos, latents = {"real": [], "reconstruction": [], "sample": [], "other seed": []}, []
-    with torch.no_grad(), sample.autocast(device, cfg.train.precision):
-        for begin in tqdm(range(0, clips, batch), desc="sampling", unit="batch"):
-            part = real[begin : begin + batch].to(device)
-            latents.append(tokenizer.encode(part[:, : cfg.data.frames]))
-            index = range(begin, begin + len(part))
-            videos["real"].append(data.to_uint8(part))
-            videos["reconstruction"].append(data.to_uint8(tokenizer.decode(tokenizer.encode(part))))
-            for name, s in (("sample", seed), ("other seed", seed + 1)):
-                video, _ = sample.continue_clips(model, tokenizer, part[:, : opts.context], opts, s, index)
-                videos[name].append(data.to_uint8(video))
-        losses = [validate(model, part, cfg.seed) for part in latents]
-        shares = [len(part) / clips for part in latents]
-        losses = {name: sum(share * part[name] for share, part in zip(shares, losses)) for name in losses[0]}
-    videos = {name: np.concatenate(parts) for name, parts in videos.items()}
-    scores = {name: object_scores(video, states, opts.context) for name, video in videos.items()}
-    ends = [[data.detect(data.to_tensor(clip[-1:]).numpy()) for clip in videos[n]] for n in ("sample", "other seed")]
-    apart = [np.hypot(a["x"][0, 0] - b["x"][0, 0], a["y"][0, 0] - b["y"][0, 0]) for a, b in zip(*ends)]
+def report(s):
+    """The figures of `run_protocol` in words."""
+    settings = ", ".join(f"{k} {v}" for k, v in s["sampling"].items())
+    print(f"{s['protocol']}: {s['clips']} test clips of {s['data']} at {s['size']} pixels, stride {s['stride']}, start {s['start']}; "
+          f"{s['predicted']} frames predicted from {s['context']}; {s['trajectories']} samples a clip, seeds from {s['seed']}; {settings}")  # fmt: skip
+    for name, d in s["detectors"].items():
+        label = "FVD" if name == "i3d" else f"Fréchet, {d['is']}"
+        print(f"{label} (context included, covariances over n - 1, detector sha256 {d['sha256'][:16]}):")
+        rows = [("all samples as one set", d["pooled"])] if "pooled" in d else []
+        for title, row in [*rows, ("one sample a clip, mean", d["mean"]), ("tokenizer reconstruction", d["reconstruction"]),
+                           (f"noise floor, {s['floor']}", d["floor"])]:  # fmt: skip
+            more = f"; KVD {row['kvd']:.4f}, precision {row['precision']:.3f}, recall {row['recall']:.3f}" if "kvd" in row else ""
+            spread = f" +- {d['std']['frechet']:.2f} over {s['trajectories']}" if row is d["mean"] and s["trajectories"] > 1 else ""
+            print(f"  {title:58s} {row['frechet']:9.2f}{spread}{more}")
+    for name, unit in (("psnr", " dB"), ("ssim", ""), ("lpips", "")):
+        if name in s:
+            best = next(k for k in s[name] if k.startswith("best"))
+            print(f"{name.upper()} of predicted frames, {'lower' if name == 'lpips' else 'higher'} is better: mean {s[name]['mean']:.3f}{unit}, "
+                  f"{best.replace('_', ' ')} {s[name][best]:.3f}, tokenizer reconstruction {s[name]['reconstruction']:.3f}")  # fmt: skip
+    if "right" in s:
+        own = lambda of: [v for k, v in of.items() if k.startswith("seed")]
+        each = lambda of, form: ", ".join(form % v for v in own(of))
+        right, speed = s["right"], s["speed_ratio"]
+        print(f"frames with every object whole and in its colour: {np.mean(own(right)):.1%} ({each({k: 100 * v for k, v in right.items()}, '%.1f')}; "
+              f"real {right['real']:.1%}, reconstruction {right['reconstruction']:.1%})")  # fmt: skip
+        print(f"gripper's speed over the real one: {np.mean(own(speed)):.3f} ({each(speed, '%.3f')}; reconstruction {speed['reconstruction']:.3f})")
+    if "ends_apart" in s:
+        print(f"end positions of two samples: {s['ends_apart']:.3f} table widths apart")
+    losses = s["losses"]
+    if "canvas" in losses:
+        print(f"canvas over copying the last frame, latent MSE: {losses['canvas'] / losses['copy']:.3f}")
+    print(f"diffusion loss at mask ratio 0.3 over that at 1.0: {losses['diffusion@0.3'] / losses['diffusion@1.0']:.3f}")
+
+
+def corruptions(context: int) -> dict:
+    """Kinds of video (see `collect`) that are wrong in a known way, all frames of them but where `context` is named."""
+    rng = torch.Generator().manual_seed(0)
+
+    def blur(real, _):
+        weights = torch.exp(-torch.arange(-3.0, 4.0) ** 2 / (2 * 1.0**2))
+        kernel = torch.outer(weights, weights)[None, None] / weights.sum() ** 2
+        flat = torch.nn.functional.pad(real.flatten(0, 2)[:, None], (3, 3, 3, 3), mode="replicate")
+        return torch.nn.functional.conv2d(flat, kernel).view_as(real)
+
     return {
-        "right": {name: s["right"] for name, s in scores.items()},
-        "speed_ratio": {name: s["speed"] / scores["real"]["speed"] for name, s in scores.items()},
-        "seeds_apart": float(np.nanmean(apart)),
-        "losses": losses,
-        "canvas_over_copy": losses["canvas"] / losses["copy"] if "canvas" in losses else None,
-        "loss_at_0.3_over_1.0": losses["diffusion@0.3"] / losses["diffusion@1.0"],
+        "blur, sigma 1 pixel": blur,
+        "noise, sigma 10 of 255": lambda real, _: real + 10 / 127.5 * torch.randn(real.shape, generator=rng),
+        "frozen after the context": lambda real, _: torch.cat([real[:, :context], real[:, context - 1 : context].expand_as(real[:, context:])], 1),
+        "shuffled in time": lambda real, _: real[:, torch.randperm(real.shape[1], generator=rng)],
     }
 
 
-def report(s, opts, clips):
-    """The figures in words; `right` and `speed` are means of both seeds."""
-    right, speed = s["right"], s["speed_ratio"]
-    mean = lambda of: (of["sample"] + of["other seed"]) / 2
-    print(f"{clips} held-out clips, two samples of each, {opts.frames - opts.context} frames from {opts.context}, S={opts.steps}, K={opts.solver_steps} midpoint, "
-          f"guidance ({opts.cfg_temporal}, {opts.cfg_canvas}), order {opts.order}")  # fmt: skip
-    print(f"frames with every object whole and in its colour: {mean(right):.1%} "
-          f"({right['sample']:.1%} and {right['other seed']:.1%} with two seeds; real {right['real']:.1%}, through the tokenizer {right['reconstruction']:.1%})")  # fmt: skip
-    print(f"gripper's speed over the real one: {mean(speed):.3f} ({speed['sample']:.3f} and {speed['other seed']:.3f}; "
-          f"through the tokenizer {speed['reconstruction']:.3f})")  # fmt: skip
-    print(f"end positions of the two samples: {s['seeds_apart']:.3f} table widths apart")
-    if s["canvas_over_copy"] is not None:
-        print(f"canvas over copying the last frame, latent MSE: {s['canvas_over_copy']:.3f}")
-    print(f"diffusion loss at mask ratio 0.3 over that at 1.0: {s['loss_at_0.3_over_1.0']:.3f}")
+def run_sanity(args):
+    """sanity --ckpt RUN: the scores of videos that are wrong in a known way; writes sanity.json beside the checkpoint.
+
+    Everything is made from the test clips and compared with other real clips, so that the first row is the noise floor.
+    """
+    run = Run(args, args.ckpt[0], args.protocol or _protocol_of(args.ckpt[0]))
+    detectors = open_detectors(args, run.device)
+    made = {"tokenizer reconstruction": run.reconstruction, "samples": run.samples(run.seed), "samples, other seed": run.samples(run.seed + 1)}
+    made |= corruptions(run.cfg.sample.context)
+    got = collect(run, {"floor": run.other_real} | made, detectors)
+    table = {}
+    for kind in ("real", *made):
+        table[kind] = {}
+        for d in detectors:
+            scores = metrics.set_scores(got.features[d.name]["floor"], got.features[d.name][kind], d.standardise)
+            table[kind] |= {("FVD" if d.name == "i3d" and key == "frechet" else f"{d.name} {key}"): v for key, v in scores.items() if key != "kvd_std"}
+        table[kind] |= {score.upper(): float(of[kind].mean()) for score, of in got.frames.items() if kind in of}
+        if got.objects:
+            speed = np.nanmean(got.objects[kind]["speed"]) / np.nanmean(got.objects["real"]["speed"])
+            table[kind] |= {"right frames": float(got.objects[kind]["right"].mean()), "speed ratio": float(speed)}
+    file = sample.run_folder(args.ckpt[0]) / "sanity.json"
+    write_json(run.describe() | {"detectors": {d.name: {"is": d.label, "sha256": d.sha256} for d in detectors}, "table": table}, file)
+    columns = list(table["samples"])
+    print(f"{len(run.indices)} test clips, changed as the row says, against as many of the training split; PSNR, SSIM: against the clip itself")
+    print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+    for kind, row in table.items():
+        title = "real clips (noise floor)" if kind == "real" else kind
+        print(f"| {title} | " + " | ".join(f"{row[key]:.4g}" if key in row else "" for key in columns) + " |")
+    print(f"offline: the {metrics.Offline.label}; written to {file}")
+
+
+def _protocol_of(ckpt):
+    """The protocol of a run's data with the run's own settings."""
+    stored = config.load(sample.run_folder(ckpt) / "config.yaml")
+    return {"pushing": "pushing", "folder": "own", "bair": "bair"}[stored.data.name]
+
+
+def run_sweep(args):
+    """sweep: every checkpoint x steps x guidance x order, each with every seed; writes sweep.json, sweep.md, sweep.png to --out."""
+    axes = [("--steps", args.steps, int), ("--seeds", args.seeds, int), ("--orders", args.orders, str)]
+    steps, seeds, orders = ([_parse(option, kind, word) for word in text.split(",")] for option, text, kind in axes)
+    guidance = [tuple(_parse("--cfg", float, w) for w in pair.split(":")) for pair in args.cfg.split(",")]
+    if any(len(pair) != 2 for pair in guidance):
+        raise UserError(f"--cfg={args.cfg} is not of the form w_t:w_s,w_t:w_s,...")
+    args.steps = args.seed = None
+    runs, out = [Run(args, ckpt, args.protocol or _protocol_of(ckpt)) for ckpt in args.ckpt], sample.make_folder(args.out)
+    detectors, rows = open_detectors(args, runs[0].device), []
+    cells = [(run, *cell) for run in runs for cell in itertools.product(guidance, orders, steps) if run.cfg.model.canvas or cell[1] != "motion"]
+    plans = [_changed(run, steps=s, cfg_temporal=g[0], cfg_canvas=g[1], order=order) for run, g, order, s in cells]  # all are checked first
+    described = {"seeds": seeds, "detectors": {d.name: d.label for d in detectors}, "runs": {str(run.ckpt): run.describe() for run in runs}}
+    for number, ((run, g, order, s), opts) in enumerate(zip(cells, plans)):
+        print(f"{number + 1} of {len(cells)}: {run.ckpt} steps={s} cfg={g[0]:g}:{g[1]:g} order={order}", file=sys.stderr)
+        kinds = {f"seed {seed}": run.samples(seed, opts) for seed in seeds}
+        floors = {"floor": run.other_real, "reconstruction": run.reconstruction} if run not in [cell[0] for cell in cells[:number]] else {}
+        scores = summarise(run, detectors, collect(run, kinds | floors, detectors), list(kinds), pooled=False)
+        rows.append({"checkpoint": str(run.ckpt), "steps": s, "cfg": list(g), "order": order, "scores": scores})
+        write_json(described | {"rows": rows}, out / "sweep.json")
+    table = sweep_table(rows, detectors)
+    (out / "sweep.md").write_text(table)
+    draw_sweep(rows, detectors, out / "sweep.png")
+    print(table + f"written to {out}/sweep.json, sweep.md, sweep.png")
+
+
+def _parse(option, kind, word):
+    try:
+        return kind(word)
+    except ValueError:
+        raise UserError(f"{option}: '{word}' is not a number") from None
+
+
+def _changed(run, **changes):
+    """The run's sample settings with some changed, checked."""
+    cfg = replace(run.cfg, sample=replace(run.cfg.sample, **changes))
+    return config.from_dict(config.to_dict(cfg), where="sweep").sample
+
+
+def sweep_columns(rows, detectors) -> dict:
+    """{title: function(scores) -> one value a seed} of what a sweep shows."""
+    columns = {"FVD" if d.name == "i3d" else "Fréchet (offline, not FVD)": lambda s, d=d: [e["frechet"] for e in s["detectors"][d.name]["each"]] for d in detectors}
+    first = rows[0]["scores"]
+    columns |= {name.upper(): lambda s, name=name: s[name]["each"] for name in metrics.BEST if name in first}
+    if "right" in first:
+        own = lambda of: [value for kind, value in of.items() if kind.startswith("seed")]
+        columns |= {"right frames": lambda s: own(s["right"]), "speed ratio": lambda s: own(s["speed_ratio"])}
+    return columns
+
+
+def sweep_table(rows, detectors) -> str:
+    """Markdown, a line a cell: mean and standard deviation over the seeds, after the floors of each run."""
+    columns, lines = sweep_columns(rows, detectors), []
+    for row in rows:
+        values = [np.array(of(row["scores"])) for of in columns.values()]
+        cells = [f"{v.mean():.4g} ± {v.std(ddof=1):.2g}" if len(v) > 1 else f"{v.mean():.4g}" for v in values]
+        lines.append(f"| {row['checkpoint']} | {row['steps']} | {row['cfg'][0]:g}:{row['cfg'][1]:g} | {row['order']} | " + " | ".join(cells) + " |\n")
+    head = "| checkpoint | steps | w_t:w_s | order | " + " | ".join(columns) + " |\n|" + "---|" * (4 + len(columns)) + "\n"
+    floors = [f"{row['checkpoint']}: noise floor {d.name} {of['floor']['frechet']:.4g}, tokenizer reconstruction {of['reconstruction']['frechet']:.4g}\n"
+              for row in rows for d in detectors if "floor" in (of := row["scores"]["detectors"][d.name])]  # fmt: skip
+    return head + "".join(lines) + "\n" + "".join(floors)
+
+
+def draw_sweep(rows, detectors, path):
+    """A panel a score against the spatial steps; error bars are standard deviations over the seeds, the dotted line the floor."""
+    from matplotlib.figure import Figure
+
+    columns = sweep_columns(rows, detectors)
+    fig = Figure(figsize=(4.2 * len(columns), 3.8), layout="constrained")
+    lines = list(dict.fromkeys((row["checkpoint"], *row["cfg"], row["order"]) for row in rows))
+    for ax, (title, of) in zip(np.atleast_1d(fig.subplots(1, len(columns))), columns.items()):
+        for line in lines:
+            mine = [row for row in rows if (row["checkpoint"], *row["cfg"], row["order"]) == line]
+            values = [np.array(of(row["scores"])) for row in mine]
+            label = f"{Path(line[0]).name} {line[1]:g}:{line[2]:g} {line[3]}"
+            ax.errorbar([row["steps"] for row in mine], [v.mean() for v in values], [v.std(ddof=1) if len(v) > 1 else 0 for v in values],
+                        label=label, marker="o", markersize=3, linewidth=1, capsize=2)  # fmt: skip
+        if "Fréchet" in title or title == "FVD":
+            name = "i3d" if title == "FVD" else "offline"
+            ax.axhline(rows[0]["scores"]["detectors"][name]["floor"]["frechet"], color="grey", linestyle=":", linewidth=1)
+            ax.set_yscale("log")
+        ax.set_xscale("log", base=2), ax.set_xlabel("spatial steps S"), ax.set_title(title, fontsize=9), ax.grid(alpha=0.3)
+    ax.legend(fontsize=6)
+    fig.savefig(path, dpi=110)
+
+
+def run_files(args):
+    """REAL GENERATED: score two sets of clips, in .npz files or folders of videos."""
+    device = sample.pick_device(args.device)
+    detectors = open_detectors(args, device)
+    real, fake = (read_clips(path, key, args) for path, key in ((args.real, "truth"), (args.generated, "samples")))
+    if real.shape[1:] != fake.shape[1:]:
+        raise UserError(f"{args.real} holds clips of {real.shape[1:]} (T, H, W, 3) and {args.generated} of {fake.shape[1:]}; they must agree")
+    print(f"{len(real)} real and {len(fake)} generated clips of {real.shape[1]} frames at {real.shape[3]}x{real.shape[2]}; covariances over n - 1")
+    scores = {"real": args.real, "generated": args.generated, "clips": [len(real), len(fake)], "shape": list(real.shape[1:])}
+    for detector in detectors:
+        a, b = (metrics.detect_features(detector, video, args.batch) for video in (real, fake))
+        scores[detector.name] = {"is": detector.label, "sha256": detector.sha256} | metrics.set_scores(a, b, detector.standardise)
+        if len(real) >= 4:
+            halves = torch.randperm(len(a), generator=torch.Generator().manual_seed(0)).chunk(2)
+            scores[detector.name]["floor"] = metrics.set_scores(a[halves[0]], a[halves[1]], detector.standardise)
+    if args.paired:
+        if len(real) != len(fake) or not 0 <= args.context < real.shape[1]:
+            raise UserError(f"--paired needs as many clips in both ({len(real)}, {len(fake)}) and --context={args.context} below {real.shape[1]}")
+        scores |= {k: float(v.mean()) for k, v in metrics.frame_scores(real[:, args.context :], fake[:, args.context :]).items()}
+    for detector in detectors:
+        s = scores[detector.name]
+        print(f"{'FVD' if detector.name == 'i3d' else 'Fréchet, ' + s['is']}: {s['frechet']:.2f} (detector sha256 {s['sha256'][:16]})")
+        if "kvd" in s:
+            print(f"  KVD {s['kvd']:.4f} +- {s['kvd_std']:.4f}, precision {s['precision']:.3f}, recall {s['recall']:.3f}")
+        if "floor" in s:
+            print(f"  noise floor, two halves of the real clips ({len(real) // 2} each, so higher than for all): {s['floor']['frechet']:.2f}")
+    for name in metrics.BEST:
+        if name in scores:
+            print(f"{name.upper()} ({'lower' if metrics.BEST[name] is min else 'higher'} is better): {scores[name]:.3f}")
+    if args.out:
+        write_json(scores, args.out)
+
+
+def read_clips(path: str, key: str, args) -> np.ndarray:
+    """uint8 (clips, T, H, W, 3) of an .npz (its only array of that shape, else the one named `key`), or of every video of a
+    folder: its first --frames frames at --size pixels. Raises UserError."""
+    if Path(path).is_dir():
+        print(f"warning: {path} holds compressed videos, whose artefacts count; arrays (.npz) are better", file=sys.stderr)
+        videos, need = [], (args.frames - 1) * args.stride + 1
+        for name, times in tqdm(read_index(Path(path)).items(), f"reading {path}", unit="video"):
+            try:
+                videos += [read_frames(Path(path) / name, times, range(0, need, args.stride), args.size)] if len(times) >= need else []
+            except Unreadable as error:
+                print(f"warning: {Path(path) / name}: {error}; left out", file=sys.stderr)
+        if not videos:
+            raise UserError(f"{path} holds no video of at least {need} frames")
+        return np.stack(videos)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            shapes = {name: stored[name].shape for name in stored.files}
+            fit = [name for name in stored.files if stored[name].dtype == np.uint8 and stored[name].ndim == 5 and stored[name].shape[-1] == 3]
+            if not fit or (len(fit) > 1 and key not in fit):
+                raise UserError(f"{path} holds no uint8 array (clips, T, H, W, 3) to take as '{key}', only {shapes}")
+            return stored[key if key in fit else fit[0]]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, TypeError, AttributeError, EOFError, KeyError) as error:
+        raise UserError(f"{path} is not an .npz of plain arrays: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------------ CLI
+
+
+def _parser(description, **kwargs):
+    parser = config.Parser(description=description, allow_abbrev=False, **kwargs)
+    parser.add_argument("--i3d", help="i3d_torchscript.pt: also FVD, KVD, precision and recall on I3D")
+    parser.add_argument("--batch", type=int, default=64, help="clips at once; does not change them")
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    return parser
 
 
 def main():
-    """The command line: prints the scores and writes scores.json beside the checkpoint. Raises UserError."""
-    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--ckpt", required=True, help="a run folder, or one of its .pt files")
-    parser.add_argument("--protocol", required=True, choices=["pushing"])
-    parser.add_argument("--clips", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=64, help="clips generated at once; does not change them")
-    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
-    sample.add_options(parser, skip=("clips",))
-    args = parser.parse_args()
-    device = sample.pick_device(args.device)
-    cfg, model, tokenizer = sample.load_run(args.ckpt, device)
-    cfg, seed = sample.apply_options(cfg, args)
-    if cfg.data.name != args.protocol:
-        raise UserError(f"--protocol {args.protocol} needs a model trained on it; {args.ckpt} was trained on data.name={cfg.data.name}")
-    if min(args.clips, args.batch) < 1:
-        raise UserError(f"--clips={args.clips} and --batch={args.batch} must be at least 1")
-    scores = score_pushing(cfg, model, tokenizer, device, args.clips, args.batch, seed)
-    report(scores, cfg.sample, args.clips)
-    folder = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent
-    settings = {"protocol": args.protocol, "clips": args.clips, "seed": seed, **config.to_dict(cfg)["sample"], "clips": args.clips}
-    (folder / "scores.json.tmp").write_text(json.dumps(settings | scores, indent=1))
-    os.replace(folder / "scores.json.tmp", folder / "scores.json")
+    """The command line. Raises UserError."""
+    words, about = sys.argv[1:], __doc__.split("\n\n")[0]
+    command = words[0] if words and words[0] in ("sweep", "sanity") else "protocol" if "--ckpt" in words else "files"
+    parser = _parser(f"{about} ({command})")
+    if command == "files":
+        parser.add_argument("real"), parser.add_argument("generated")
+        parser.add_argument("--paired", action="store_true", help="clip i of one belongs to clip i of the other: also PSNR and SSIM")
+        parser.add_argument("--context", type=int, default=0, help="with --paired: frames at the start that do not count")
+        for name, default, about in (("frames", 16, "of each video"), ("size", 64, "pixels"), ("stride", 1, "take every n-th frame")):
+            parser.add_argument(f"--{name}", type=int, default=default, help=f"folders of videos only: {about} (default {default})")
+        parser.add_argument("--out", help="also write the scores to this JSON file")
+        args = parser.parse_args(words)
+        if min(args.frames, args.size, args.stride, args.batch) < 1:
+            raise UserError("--frames, --size, --stride and --batch must be at least 1")
+        return run_files(args)
+    parser.add_argument("--ckpt", required=True, nargs="+", help="a run folder, or one of its .pt files")
+    parser.add_argument("--protocol", choices=list(PROTOCOLS), required=command == "protocol")
+    parser.add_argument("--clips", type=int, help="test clips (default: the protocol's)")
+    if command == "sweep":
+        parser.add_argument("--steps", default="1,2,4,8"), parser.add_argument("--seeds", default="0,1,2")
+        parser.add_argument("--cfg", default="1:1", help="w_t:w_s,..."), parser.add_argument("--orders", default="random")
+        parser.add_argument("--out", default="runs/sweep", help="folder for the table and the plot")
+    else:
+        parser.add_argument("--trajectories", type=int, help="samples of each clip (default: the protocol's)")
+        sample.add_options(parser, skip=("clips",))
+    args = parser.parse_args(words[command in ("sweep", "sanity") :])
+    {"protocol": run_protocol, "sanity": run_sanity, "sweep": run_sweep}[command](args)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from canvas import Cache, CanvasMAR, clip_generator
 from config import UserError
 from diffloss import solve
 from mar import motion_order, random_order, reveal_schedule
+from video import read_ending, to_uint8
 
 # --------------------------------------------------------------------------------------------------------- the sampler
 
@@ -145,6 +146,11 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
+def run_folder(path) -> Path:
+    """The run folder of a --ckpt: that folder itself, or the one that holds the .pt file."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
 def load_run(path, device) -> tuple[config.Config, CanvasMAR, vae.Tokenizer]:
     """A run folder or a checkpoint file -> (configuration, model with the averaged weights, its tokenizer).
 
@@ -208,7 +214,7 @@ def draw_steps(frames, tokenizer, samples, truth, context, path, clips=4):
     """steps.png: for the first generated frame of several clips, the context, the canvas decoded through its linear head,
     the frame after each spatial step, the result and the truth."""
     frame = frames[0]
-    decode = lambda latent: data.to_uint8(tokenizer.decode(latent[:, None])[:, 0])
+    decode = lambda latent: to_uint8(tokenizer.decode(latent[:, None])[:, 0])
     stages = [("canvas", frame.canvas)] if frame.canvas is not None else []
     stages += [(f"step {s + 1}", latent) for s, latent in enumerate(frame.steps)]
     columns = [(f"context {t + 1}", samples[:clips, t]) for t in range(context)]
@@ -248,10 +254,10 @@ def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, de
             part = videos[begin : begin + batch]
             clips = range(begin, begin + len(part))
             video, frames = continue_clips(model, tokenizer, part[:, : opts.context].to(device), opts, seed, clips, progress)
-            samples.append(data.to_uint8(video))
+            samples.append(to_uint8(video))
             first = first or frames
         samples = np.concatenate(samples)
-        truth = data.to_uint8(videos) if has_truth else None
+        truth = to_uint8(videos) if has_truth else None
         arrays = {"samples": samples, "context": np.array(opts.context)} | ({"truth": truth} if has_truth else {})
         with open(out / "samples.npz.tmp", "wb") as file:
             np.savez_compressed(file, **arrays)
@@ -310,12 +316,12 @@ def main():
     if args.batch < 1:
         raise UserError(f"--batch={args.batch} must be at least 1")
     if args.video:  # several futures of one video
-        context = data.read_ending(args.video, size, opts.context, cfg.data.stride)
+        context = read_ending(args.video, size, opts.context, cfg.data.stride)
         videos = context.expand(opts.clips, -1, -1, -1, -1)
     else:
-        source = data.open_source(cfg.data, cfg.seed, "test", opts.frames)
+        source = data.open_source(cfg.data, cfg.seed, "test", opts.frames, run_folder(args.ckpt) / "index.json")
         videos = torch.stack([source.clip(i) for i in range(opts.clips)])
-    out = make_folder(args.out or (Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent) / "samples")
+    out = make_folder(args.out or run_folder(args.ckpt) / "samples")
     write_samples(out, cfg, model, tokenizer, videos, not args.video, seed, args.batch, device)
     print(f"wrote samples.npz, samples.mp4, grid.png and steps.png to {out}")
 

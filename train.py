@@ -32,6 +32,7 @@ import sample
 import tokenizer as vae
 from canvas import CanvasMAR, clip_generator, validate
 from config import Config, UserError
+from video import to_uint8
 
 LOG_EVERY, HELD_OUT = 10, 32  # steps between lines of metrics.jsonl; test clips behind the validation figures
 
@@ -44,8 +45,7 @@ def main():
     machine = start_machine(cfg)
     try:
         cfg = open_run(cfg, machine)
-        source = data.open_source(cfg.data, cfg.seed, "train", cfg.data.frames)
-        test = data.open_source(cfg.data, cfg.seed, "test", max(cfg.data.frames, cfg.sample.frames))
+        source, test = open_data(cfg, machine)
         held_out = torch.stack([test.clip(i) for i in range(HELD_OUT)])
         tokenizer = train_tokenizer(cfg, machine, source, held_out)
         model = train_model(cfg, machine, source, held_out, tokenizer)
@@ -58,6 +58,17 @@ def main():
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def open_data(cfg: Config, machine):
+    """The train and test sources. Rank 0 goes first, so that only it makes the index of a folder of videos."""
+    if machine.rank > 0:
+        barrier()
+    frames, cache = {"train": cfg.data.frames, "test": max(cfg.data.frames, cfg.sample.frames)}, Path(cfg.run) / "index.json"
+    sources = [data.open_source(cfg.data, cfg.seed, split, frames[split], cache) for split in data.SPLITS]
+    if machine.rank == 0:
+        barrier()
+    return sources
 
 
 # ---------------------------------------------------------------------------------------- the machine, the run's folder
@@ -193,7 +204,7 @@ def train_tokenizer(cfg: Config, machine: Machine, source, held_out) -> vae.Toke
     def preview(ema, step):
         x = held_out[:, 0].to(machine.device)
         again = ema.decode(ema.encode(x)[:, None])[:, 0]
-        rows = [list(data.to_uint8(x[:12])), list(data.to_uint8(again[:12]))]
+        rows = [list(to_uint8(x[:12])), list(to_uint8(again[:12]))]
         sample.figure(rows, [], ["frame", "through VAE"], picture_path(cfg, f"tokenizer_{step:06d}.png"))
         return {"held_out_psnr": -10 * math.log10((again - x).square().mean().item() / 4)}
 
@@ -224,7 +235,7 @@ def train_model(cfg: Config, machine: Machine, source, held_out, tokenizer) -> C
         opts = replace(cfg.sample, clips=6)
         context = held_out[: opts.clips, : opts.context].to(machine.device)
         video, frames = sample.continue_clips(ema, tokenizer, context, opts, cfg.seed, range(opts.clips))
-        video, truth = data.to_uint8(video), data.to_uint8(held_out[: opts.clips, : opts.frames])
+        video, truth = to_uint8(video), to_uint8(held_out[: opts.clips, : opts.frames])
         sample.draw_grid(video, truth, opts.context, picture_path(cfg, f"grid_{step:06d}.png"))
         sample.draw_steps(frames, tokenizer, video, truth, opts.context, picture_path(cfg, f"steps_{step:06d}.png"))
         return validate(ema, latents, cfg.seed)

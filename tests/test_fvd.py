@@ -1,66 +1,175 @@
-"""The scores, on clips whose truth is known."""
+"""Protocols, files, the sanity table and the sweep, run as a user runs them; and what they keep of the videos."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import script, tiny
+import torch
+from conftest import script, stand_in, train
+from test_data import write_bair
+from test_video import write_video
 
-import data
-from fvd import gripper_speed, object_scores
+import metrics
+import protocols
+from protocols import Run, collect, summarise
+
+
+def options(**changes):
+    return SimpleNamespace(**{"device": "cpu", "clips": 6, "batch": 4, "trajectories": None, "seed": None, "i3d": None} | changes)
 
 
 @pytest.fixture(scope="module")
-def real():
-    source = data.open_source(tiny().data, 0, "test", 10)
-    video = np.stack([data.to_uint8(source.clip(i)) for i in range(24)])
-    return video, [source.state(i) for i in range(24)]
+def run(trained):
+    return Run(options(), trained, "pushing")
 
 
-def test_real_clips_are_right_and_move_at_the_simulators_speed(real):
-    video, states = real
-    scores = object_scores(video, states, context=2)
-    truth = np.mean([np.hypot(*np.diff(s.position[:, 0], axis=0).T)[1:] for s in states])
-    assert scores["right"] == 1 and scores["speed"] == pytest.approx(truth, rel=0.03)
+def test_what_is_kept_does_not_depend_on_the_batch(run, trained):
+    kinds = lambda r: {"seed 0": r.samples(0), "reconstruction": r.reconstruction, "floor": r.other_real}
+    other = Run(options(batch=1), trained, "pushing")
+    detectors = [metrics.Offline()]
+    a, b = (collect(r, kinds(r), detectors) for r in (run, other))
+    for kind in ("real", "seed 0", "reconstruction", "floor"):
+        torch.testing.assert_close(a.features["offline"][kind], b.features["offline"][kind], rtol=1e-3, atol=1e-4)
+    assert a.frames["psnr"]["seed 0"].shape == (6,) and set(a.objects) == {"real", "seed 0", "reconstruction"}
+    np.testing.assert_allclose(a.frames["psnr"]["seed 0"], b.frames["psnr"]["seed 0"], atol=0.1)
+    assert a.losses["diffusion@1.0"] > 0
 
 
-def test_each_fault_is_seen_by_the_measure_made_for_it(real):
-    video, states = real
-    speed = object_scores(video, states, 2)["speed"]
-    frozen = video[:, 1:2].repeat(10, 1)
-    assert object_scores(frozen, states, 2) == {"right": 1.0, "speed": 0.0}
-    slow = video[:, [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]]
-    assert object_scores(slow, states, 2)["speed"] < 0.7 * speed
-    noise = np.random.default_rng(0).integers(0, 256, video.shape, np.uint8)
-    assert object_scores(noise, states, 2)["right"] == 0
-    other = video.copy()
-    other[:, :, :, 16:] = video[::-1, :, :, 16:]  # the right half of another clip
-    assert object_scores(other, states, 2)["right"] < 0.2
+def test_clips_are_spread_over_the_whole_test_split(run):
+    assert run.indices[0] == 0 and run.indices[-1] == len(run.test) - 1 and len(set(run.indices)) == 6
+    assert sorted(run.indices) == run.indices
 
 
-def test_predicted_frames_count_and_context_does_not(real):
-    video, states = real
-    spoiled = video.copy()
-    spoiled[:, :2] = 0
-    assert object_scores(spoiled, states, 2)["right"] == 1
-    spoiled[:, 2:6] = 0
-    assert object_scores(spoiled, states, 2)["right"] == 0.5
+def test_no_more_than_a_batch_of_clips_is_in_memory(run):
+    """What `collect` keeps of a clip does not grow with its pixels: features, scores, measures."""
+    largest = []
+    kinds = {"seed 0": lambda real, indices: largest.append(len(real)) or real}
+    got = collect(run, kinds, [metrics.Offline()])
+    kept = sum(t.numel() for of in got.features.values() for t in of.values()) + sum(a.size for of in (*got.frames.values(), *got.objects.values()) for a in of.values())
+    assert max(largest) <= 4 and kept / len(run.indices) < 4 * 32 * 32 * 3 / 10
 
 
-def test_a_lost_gripper_has_no_speed():
-    found = {"x": np.array([[0.1], [np.nan], [0.3]]), "y": np.array([[0.1], [np.nan], [0.3]])}
-    assert np.isnan(gripper_speed(found)).all()
+def test_pooling_means_and_the_best_of_n(run):
+    detectors = [metrics.Offline()]
+    draw = torch.Generator().manual_seed(0)
+    noisy = lambda level: lambda real, _: real + level * torch.randn(real.shape, generator=draw)
+    got = collect(run, {"a": noisy(0.1), "b": noisy(0.4)}, detectors)
+    s = summarise(run, detectors, got, ["a", "b"], pooled=True)
+    of, f = s["detectors"]["offline"], got.features["offline"]
+    assert of["mean"]["frechet"] == pytest.approx((of["each"][0]["frechet"] + of["each"][1]["frechet"]) / 2)
+    assert of["std"]["frechet"] == pytest.approx(abs(of["each"][0]["frechet"] - of["each"][1]["frechet"]) / 2)
+    both = metrics.set_scores(f["real"], torch.cat([f["a"], f["b"]]), True)
+    assert of["pooled"]["frechet"] == pytest.approx(both["frechet"])
+    assert s["psnr"]["best_of_2"] == pytest.approx(got.frames["psnr"]["a"].mean()) and s["psnr"]["best_of_2"] > s["psnr"]["mean"]
+    got.frames["lpips"] = got.frames.pop("psnr")  # of a score where less is better, the best is the smallest
+    assert summarise(run, detectors, got, ["a", "b"], True)["lpips"]["best_of_2"] == pytest.approx(got.frames["lpips"]["b"].mean())
+    assert "pooled" not in summarise(run, detectors, got, ["a", "b"], pooled=False)["detectors"]["offline"]
 
 
-def test_script_prints_and_writes_the_figures(trained):
-    out, _ = script("fvd.py", "--ckpt", trained, "--protocol", "pushing", "--clips", 5, "--batch", 2, "--steps", 3)
-    assert "5 held-out clips, two samples of each, 2 frames from 2, S=3" in out and "mask ratio 0.3 over that at 1.0" in out
+def test_the_truth_scores_best_and_the_context_does_not_count_in_psnr(run):
+    def spoiled(real, _):
+        return torch.cat([torch.zeros_like(real[:, :2]), real[:, 2:]], 1)
+
+    got = collect(run, {"a": lambda real, _: real, "b": spoiled}, [metrics.Offline()])
+    s = summarise(run, [metrics.Offline()], got, ["a", "b"], pooled=False)
+    assert s["psnr"]["each"] == [100, 100] and s["ssim"]["mean"] == pytest.approx(1)
+    frechet = [e["frechet"] for e in s["detectors"]["offline"]["each"]]
+    assert frechet[0] < 1e-6 < frechet[1]  # but in scores of sets it does
+    assert s["right"] == {"real": 1, "a": 1, "b": 1} and s["speed_ratio"]["a"] == 1 and s["ends_apart"] == 0
+
+
+def test_pushing_as_a_command(trained, tmp_path):
+    out, err = script("fvd.py", "--ckpt", trained, "--protocol", "pushing", "--clips", 5, "--batch", 2, "--steps", 3)
+    assert "5 test clips" in out and "2 frames predicted from 2" in out and "NOT FVD" in out and "mask ratio 0.3 over that at 1.0" in out
+    assert "noise floor" in out and "\nFVD" not in out
     scores = json.loads((trained / "scores.json").read_text())
-    assert scores["clips"] == 5 and scores["steps"] == 3 and scores["right"]["real"] == 1 and 0 <= scores["right"]["sample"] <= 1
-    assert scores["canvas_over_copy"] == pytest.approx(scores["losses"]["canvas"] / scores["losses"]["copy"])
+    assert scores["clips"] == 5 and scores["trajectories"] == 2 and scores["sampling"]["steps"] == 3 and scores["right"]["real"] == 1
+    assert scores["covariance_divisor"] == "n - 1" and scores["set_scores_include_context"] is True
+    assert len(scores["detectors"]["offline"]["sha256"]) == 64 and "NOT FVD" in scores["detectors"]["offline"]["is"]
 
 
-def test_script_refuses_bad_input_in_one_line(trained):
-    for options in (["--clips", "0"], ["--steps", "99"], ["--device", "cuda"]):
-        _, err = script("fvd.py", "--ckpt", trained, "--protocol", "pushing", *options, expect=2)
-        assert err.startswith("error: ") and len(err.strip().splitlines()) == 1
+def test_i3d_makes_it_fvd_and_prints_the_hash_of_the_file(trained, tmp_path):
+    script("sample.py", "--ckpt", trained, "--frames", 10, "--out", tmp_path / "s", "--clips", 5)
+    file = stand_in(tmp_path / "i3d.pt")
+    npz = tmp_path / "s" / "samples.npz"
+    out, _ = script("fvd.py", npz, npz, "--i3d", file, "--paired", "--context", 2, "--out", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert f"FVD: {scores['i3d']['frechet']:.2f} (detector sha256 {scores['i3d']['sha256'][:16]})" in out
+    assert scores["clips"] == [5, 5] and scores["psnr"] > 0 and scores["offline"]["floor"]["frechet"] > 0
+    samples = np.load(npz)
+    np.savez(tmp_path / "a.npz", samples["truth"]), np.savez(tmp_path / "b.npz", clips=samples["samples"])
+    again, _ = script("fvd.py", tmp_path / "a.npz", tmp_path / "b.npz", "--i3d", file)
+    assert again.splitlines()[1:3] == out.splitlines()[1:3]  # other keys, same scores
+
+
+def test_folders_of_videos_are_read_and_warned_of(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            write_video(tmp_path / name / f"{i}.mp4", frames=6 + i)
+    out, err = script("fvd.py", tmp_path / "a", tmp_path / "b", "--frames", 6, "--size", 16)
+    assert "4 real and 4 generated clips of 6 frames at 16x16" in out and "artefacts count" in err
+    assert "NOT FVD: 0.00" in out
+
+
+@pytest.mark.parametrize("name, changes", [("bair", {"context": 1, "frames": 16}), ("bair28", {"context": 2, "frames": 30})])
+def test_bair_by_its_protocols(tmp_path, name, changes):
+    write_bair(tmp_path / "data", 4)
+    train(tmp_path / "run", "data.name=bair", f"data.path={tmp_path / 'data'}", "data.size=64", "train.steps=1", "tokenizer.steps=1")
+    out, _ = script("fvd.py", "--ckpt", tmp_path / "run", "--protocol", name, "--trajectories", 2, "--i3d", stand_in(tmp_path / "i3d.pt"))
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["clips"] == 4 and scores["context"] == changes["context"] and scores["predicted"] == changes["frames"] - changes["context"]
+    assert scores["start"] == 0 and ("pooled" in scores["detectors"]["i3d"]) == (name == "bair") and "\nFVD (context included" in out
+    _, err = script("fvd.py", "--ckpt", tmp_path / "run", "--protocol", name, "--frames", 12, expect=2)
+    assert f"protocol {name} fixes frames={changes['frames']}" in err
+
+
+def test_the_sanity_table_as_a_command(trained):
+    out, _ = script("fvd.py", "sanity", "--ckpt", trained, "--clips", 12)
+    table = json.loads((trained / "sanity.json").read_text())["table"]
+    rows = ["real", "tokenizer reconstruction", "samples", "samples, other seed", "blur, sigma 1 pixel", "noise, sigma 10 of 255", "frozen after the context", "shuffled in time"]
+    assert list(table) == rows and all(f"| {row} |" in out for row in rows[1:]) and "(noise floor)" in out
+    assert table["frozen after the context"]["speed ratio"] == 0 and table["blur, sigma 1 pixel"]["offline frechet"] > table["real"]["offline frechet"]
+
+
+def test_the_sweep_as_a_command(trained, tmp_path):
+    train(tmp_path / "uniform", "model.canvas=false")
+    out, err = script("fvd.py", "sweep", "--ckpt", trained, tmp_path / "uniform", "--steps", "1,2", "--cfg", "1:1,1.5:2", "--orders", "random,motion",
+                      "--seeds", "0,1", "--clips", 4, "--out", tmp_path / "sweep")  # fmt: skip
+    sweep = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    cells = [(row["checkpoint"], row["steps"], tuple(row["cfg"]), row["order"]) for row in sweep["rows"]]
+    assert len(cells) == len(set(cells)) == 8 + 4 and "12 of 12" in err  # the baseline has no canvas to order by
+    assert all(["seed 0", "seed 1"] == [kind for kind in row["scores"]["right"] if kind.startswith("seed")] for row in sweep["rows"])
+    assert sum("floor" in row["scores"]["detectors"]["offline"] for row in sweep["rows"]) == 2
+    table = (tmp_path / "sweep" / "sweep.md").read_text()
+    assert table in out and table.count("±") >= 12 and (tmp_path / "sweep" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    one = script("fvd.py", "--ckpt", trained, "--protocol", "pushing", "--clips", 4, "--steps", 2, "--cfg-temporal", 1.5, "--cfg-canvas", 2)
+    row = next(row for row in sweep["rows"] if (row["steps"], row["cfg"], row["order"]) == (2, [1.5, 2], "random"))
+    scores = json.loads((trained / "scores.json").read_text())
+    assert one and scores["detectors"]["offline"]["mean"]["frechet"] == pytest.approx(row["scores"]["detectors"]["offline"]["mean"]["frechet"], rel=1e-4)
+
+
+def test_bad_input_is_refused_in_one_line(trained, tmp_path):
+    np.savez(tmp_path / "flat.npz", a=np.zeros((2, 3)))
+    np.savez(tmp_path / "short.npz", np.zeros((3, 4, 8, 8, 3), np.uint8)), np.savez(tmp_path / "long.npz", np.zeros((3, 5, 8, 8, 3), np.uint8))
+    (tmp_path / "text.npz").write_text("no arrays")
+    np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
+    run = ["--ckpt", trained, "--protocol", "pushing"]
+    for command in (
+        [*run, "--clips", 0], [*run, "--steps", 99], [*run, "--device", "cuda"], [*run, "--trajectories", 0], [*run, "--i3d", tmp_path / "none.pt"],
+        ["--ckpt", trained, "--protocol", "bair"], ["--ckpt", trained, "--protocol", "kinetics600"], ["--ckpt", trained, "--protocol", "x"],
+        ["sweep", "--ckpt", trained, "--steps", "1,x"], ["sweep", "--ckpt", trained, "--cfg", "1"], ["sweep", "--ckpt", trained, "--steps", "999"],
+        [tmp_path / "flat.npz", tmp_path / "short.npz"], [tmp_path / "short.npz", tmp_path / "long.npz"], [tmp_path / "text.npz", tmp_path / "long.npz"],
+        [tmp_path / "object.npy", tmp_path / "long.npz"], [tmp_path / "none.npz", tmp_path / "long.npz"], [tmp_path, tmp_path], ["only-one.npz"],
+    ):  # fmt: skip
+        _, err = script("fvd.py", *command, expect=2)
+        assert err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in err, (command, err)
+
+
+def test_protocols_say_what_the_field_measures():
+    expected = {"bair": (64, 1, 16, 256, 100, 0, True), "bair28": (64, 2, 30, 256, 100, 0, False), "kinetics600": (64, 5, 16, 50_000, 1, None, True),
+                "ucf101": (64, 4, 16, 256, 100, 0, False)}  # fmt: skip
+    for name, values in expected.items():
+        assert dataclasses.astuple(protocols.PROTOCOLS[name])[1:] == values

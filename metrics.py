@@ -1,0 +1,247 @@
+"""Scores of generated video, from uint8 arrays (clips, T, H, W, 3): Fréchet distance, KVD, precision and recall on the
+features of a detector; PSNR, SSIM and LPIPS of frames against the truth.
+
+    real, fake = Offline()(a), Offline()(b)
+    set_scores(real, fake, Offline.standardise)     # {"frechet": ..., "kvd": ..., "precision": ..., "recall": ...}
+
+Two detectors: I3D, from the usual TorchScript file, whose Fréchet distance is the FVD (Unterthiner et al. 2018, arXiv
+1812.01717), and Offline, of fixed random weights, which needs no download and whose figures are never to be called FVD.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from config import UserError
+
+# ------------------------------------------------------------------------------------------------------------ detectors
+
+
+class Offline(nn.Module):
+    """Three 3D convolutions with fixed random weights. uint8 (B, T, H, W, 3) -> features (B, 91).
+
+    The kernels of half of each layer's channels add up to zero over time, so that these see only what changes. The features
+    are the standard deviations over space and time of every channel at each of the three scales, the means of the last, and
+    the mean colour. Ours: it flags blur, noise, freezing and disorder where no pretrained detector can be had
+    (`fvd.py sanity`), and compares models scored with the same number of clips, frames and pixels; nothing else.
+    """
+
+    name, label, standardise = "offline", "offline detector, random weights: NOT FVD", True
+
+    def __init__(self):
+        super().__init__()
+        draw = np.random.RandomState(0)  # the one NumPy stream that is frozen for good
+        self.convs = nn.ModuleList()
+        for inputs, outputs in ((3, 8), (8, 16), (16, 32)):
+            conv = nn.Conv3d(inputs, outputs, 3, stride=(1, 2, 2), padding=1, padding_mode="replicate", bias=False)
+            weight = draw.standard_normal(conv.weight.shape) * (2 / (27 * inputs)) ** 0.5
+            weight[: outputs // 2] -= weight[: outputs // 2].mean(2, keepdims=True)
+            conv.weight.data = torch.from_numpy(weight.astype(np.float32))
+            self.convs.append(conv)
+        self.sha256 = hashlib.sha256(b"".join(conv.weight.detach().numpy().tobytes() for conv in self.convs)).hexdigest()
+        self.requires_grad_(False)
+
+    def forward(self, video):
+        x = _channels_first(video) / 127.5 - 1  # (B, 3, T, H, W)
+        features = [x.mean((2, 3, 4))]
+        for conv in self.convs:
+            x = F.relu(conv(x))
+            features.append(x.std((2, 3, 4), correction=0))
+        return torch.cat([*features, x.mean((2, 3, 4))], 1)  # (B, 91)
+
+
+class I3D(nn.Module):
+    """The I3D network of Carreira and Zisserman as the usual `i3d_torchscript.pt`. uint8 (B, T, H, W, 3) -> logits (B, 400).
+
+    The file is called as model(video (B, 3, T, H, W) in 0..255, rescale=True, resize=True, return_features=True); clips need
+    about 10 frames. Raises UserError for a file that is missing, no TorchScript, or does not answer that call.
+    """
+
+    name, label, standardise = "i3d", "FVD", False
+
+    def __init__(self, path):
+        super().__init__()
+        try:
+            self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            self.net = torch.jit.load(path, map_location="cpu").eval()
+        except OSError as error:
+            raise UserError(f"cannot read the detector {path}: {error.strerror}") from None
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{path} is not a TorchScript file: {str(error).splitlines()[0]}") from None
+        self.path = path
+
+    def forward(self, video):
+        x = _channels_first(video)
+        try:
+            features = self.net(x, rescale=True, resize=True, return_features=True)
+        except (RuntimeError, torch.jit.Error) as error:
+            raise UserError(f"{self.path} does not work as I3D on clips of shape {tuple(x.shape[1:])} (it needs about 10 frames): "
+                            f"{str(error).strip().splitlines()[-1]}") from None  # fmt: skip
+        if not torch.is_tensor(features) or features.shape != (len(x), 400):
+            got = tuple(features.shape) if torch.is_tensor(features) else type(features).__name__
+            raise UserError(f"{self.path} is not the I3D detector: it returns {got} where ({len(x)}, 400) is expected")
+        return features.float()
+
+
+def _channels_first(video):
+    return torch.as_tensor(video).movedim(-1, 1).float()
+
+
+def detect_features(detector, video, batch=64) -> torch.Tensor:
+    """Features of uint8 (clips, T, H, W, 3), float64 (clips, F) on the CPU, `batch` clips at a time."""
+    device = next((t.device for t in [*detector.parameters(), *detector.buffers()]), torch.device("cpu"))
+    with torch.no_grad():
+        return torch.cat([detector(torch.as_tensor(video[i : i + batch]).to(device)).double().cpu() for i in range(0, len(video), batch)])
+
+
+# ------------------------------------------------------------------------------------------------- scores of two sets
+
+
+def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two sets of features (n, F), (m, F); covariances divide by n - 1.
+
+    With C = R'R, R triangular, the last trace is the sum of the singular values of R_a R_b': no square root of a matrix,
+    never negative, exact where there are fewer clips than features. Grows as there are fewer clips: compare equal numbers.
+    """
+    if min(len(a), len(b)) < 2:
+        raise UserError(f"a Fréchet distance needs at least two clips in each set, not {len(a)} and {len(b)}")
+    root = lambda x: torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R
+    a, b = a.double(), b.double()
+    r_a, r_b = root(a), root(b)
+    cross = torch.linalg.svdvals(r_a @ r_b.T).sum()
+    return max(0.0, float((a.mean(0) - b.mean(0)).square().sum() + r_a.square().sum() + r_b.square().sum() - 2 * cross))
+
+
+def set_scores(real, fake, standardise=False, slow=True) -> dict[str, float]:
+    """`frechet` (0 is best), and where torch-fidelity is installed and `slow`: `kvd`, the polynomial MMD^2 (0), its `kvd_std`
+    over random subsets, `precision` and `recall` (1; Kynkäänniemi et al. 2019). Features (n, F); `standardise`: by the real set."""
+    if standardise:
+        mean, std = real.mean(0), real.std(0).clamp(min=1e-6)
+        real, fake = (real - mean) / std, (fake - mean) / std
+    scores, enough = {"frechet": frechet(real, fake)}, min(len(real), len(fake)) >= 8
+    if slow and enough and torch_fidelity():
+        from torch_fidelity.metric_kid import kid_features_to_metric
+        from torch_fidelity.metric_prc import prc_features_to_metric
+
+        subset = min(1000, len(real) // 2, len(fake) // 2)
+        kid = kid_features_to_metric(fake, real, kid_subset_size=subset, kid_subsets=100, verbose=False)
+        prc = prc_features_to_metric(fake.float(), real.float(), save_cpu_ram=len(real) > 10_000, verbose=False)
+        scores |= {"kvd": kid["kernel_inception_distance_mean"], "kvd_std": kid["kernel_inception_distance_std"]}
+        scores |= {"precision": prc["precision"], "recall": prc["recall"]}
+    return scores
+
+
+DECLARED = []  # declarations of operators last as long as their object
+
+
+@functools.lru_cache(maxsize=None)
+def torch_fidelity():
+    """The package torch_fidelity, or None where it is not installed.
+
+    It imports torchvision, of which nothing here is used, and a torchvision whose binary was built for another torch (the
+    CPU build, say) stops at its operators that are missing: declaring them lets the import through.
+    """
+    if importlib.util.find_spec("torch_fidelity") is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(20):
+            try:
+                import torchvision  # noqa: F401
+
+                break
+            except RuntimeError as error:
+                missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+                if not missing:
+                    raise
+                DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))
+                DECLARED[-1].define(f"{missing[1]}() -> ()")
+        import torch_fidelity as package
+    return package
+
+
+def register(detector) -> str:
+    """Make a detector a feature extractor of torch-fidelity, whose `calculate_metrics(feature_extractor=name)` then scores data
+    sets of uint8 tensors (T, H, W, 3). Returns the name. For scores of your own; `set_scores` gives the same."""
+    package, name = torch_fidelity(), f"{detector.name}-{detector.sha256[:12]}"
+    if package is None:
+        raise UserError("torch-fidelity is not installed: pip install torch-fidelity")
+
+    class Extractor(package.FeatureExtractorBase):
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+            self.detector = detector
+
+        def forward(self, video):
+            return (self.detector(video),)
+
+        get_provided_features_list = staticmethod(lambda: ("features",))
+        get_default_feature_layer_for_metric = staticmethod(lambda metric: "features")
+        can_be_compiled = staticmethod(lambda: False)
+
+    if name not in package.registry.FEATURE_EXTRACTORS_REGISTRY:
+        package.register_feature_extractor(name, Extractor)
+    return name
+
+
+# ----------------------------------------------------------------------------------------- scores of frames with a truth
+
+
+def psnr(a, b) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of uint8 images (..., H, W, 3): (...,). Higher is better; 100 for equal images."""
+    error = (torch.as_tensor(a).double() - torch.as_tensor(b).double()).square().mean((-3, -2, -1))
+    return 10 * torch.log10(255**2 / error.clamp(min=255**2 * 1e-10))
+
+
+def ssim(a, b) -> torch.Tensor:
+    """Structural similarity (Wang et al. 2004) of uint8 images (n, H, W, 3), at least 11x11: (n,), at most 1, higher is better.
+
+    Gaussian window of 11 pixels and sigma 1.5, without padding; per channel, then the mean: what scikit-image gives with
+    gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1.
+    """
+    a, b = (torch.as_tensor(x).double().movedim(-1, -3).flatten(0, 1)[:, None] for x in (a, b))  # (n*3, 1, H, W)
+    if min(a.shape[-2:]) < 11:
+        raise UserError(f"SSIM needs images of at least 11x11 pixels, not {a.shape[-2]}x{a.shape[-1]}")
+    window = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+    smooth = lambda x: F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+    mean_a, mean_b = smooth(a), smooth(b)
+    var_a, var_b, cov = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2, smooth(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    value = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return value.mean((1, 2, 3)).unflatten(0, (-1, 3)).mean(1)
+
+
+@functools.lru_cache(maxsize=None)
+def lpips():
+    """torch-fidelity's LPIPS (VGG-16) as a function of uint8 images (n, H, W, 3), (n, H, W, 3) -> (n,), lower is better; None
+    where its weights are not in torch's hub folder: nothing is downloaded."""
+    if not torch_fidelity():
+        return None
+    from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS, SampleSimilarityLPIPS
+    from torchvision.models import VGG16_Weights
+
+    files = [os.path.basename(url) for url in (URL_VGG16_LPIPS, VGG16_Weights.IMAGENET1K_V1.url)]
+    if not all(os.path.exists(os.path.join(torch.hub.get_dir(), "checkpoints", file)) for file in files):
+        return None
+    net, images = SampleSimilarityLPIPS("lpips-vgg16"), lambda x: torch.as_tensor(x).movedim(-1, -3)
+    return torch.no_grad()(lambda a, b: net(images(a), images(b)))
+
+
+BEST = {"psnr": max, "ssim": max, "lpips": min}  # which of several samples of a clip is the best one
+
+
+def frame_scores(real, fake) -> dict[str, np.ndarray]:
+    """{score: (clips,)}, means over the frames of uint8 (clips, T, H, W, 3), of each score whose weights are there."""
+    a, b = (torch.as_tensor(video).flatten(0, 1) for video in (real, fake))
+    scores = {"psnr": psnr(a, b)} | ({"ssim": ssim(a, b)} if min(a.shape[1:3]) >= 11 else {}) | ({"lpips": lpips()(a, b)} if lpips() else {})
+    return {name: value.unflatten(0, (len(real), -1)).mean(1).numpy() for name, value in scores.items()}

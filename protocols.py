@@ -1,0 +1,206 @@
+"""Evaluation protocols: what is sampled, with how much of the truth given, and which figures come of it.
+
+    run = Run(args, "runs/bair", "bair")                                   # args: the options of fvd.py
+    got = collect(run, {"seed 0": run.samples(0)}, [metrics.Offline()])     # a batch of clips in memory at a time
+    summarise(run, [metrics.Offline()], got, ["seed 0"], pooled=False)
+
+FVDs in the literature differ in horizon, start frame, pooling, codec and detector; `Run.describe` says all of it.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import config
+import data
+import metrics
+import sample
+from canvas import validate
+from config import UserError
+from pushing import object_measures
+from video import to_uint8
+
+# ------------------------------------------------------------------------------------------------------------ protocols
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is sampled and how it is scored; 0 means: as the run was configured. Clips are spread evenly over the test split."""
+
+    data: str  # the data.name it is for
+    size: int = 0  # pixels
+    context: int = 0  # true frames given
+    frames: int = 0  # of a clip, the context included
+    clips: int = 256
+    trajectories: int = 1  # samples of each clip
+    start: int | None = None  # where clips start in their video; None: anywhere, as (seed, clip) decide
+    pooled: bool = True  # all trajectories as one set, or the mean of one score each
+
+
+PROTOCOLS = {
+    "pushing": Protocol("pushing", trajectories=2, pooled=False),
+    "own": Protocol("folder", start=None),
+    # 1 + 15, 256 test trajectories, 100 samples each as one set: Unterthiner et al. 2018; MAGVIT (Yu et al. 2023)
+    "bair": Protocol("bair", 64, 1, 16, 256, 100, start=0),
+    # 2 + 28, mean of the scores of 100 trajectories: FAR (Gu et al. 2025)
+    "bair28": Protocol("bair", 64, 2, 30, 256, 100, start=0, pooled=False),
+    # 5 + 11, one sample of each of 50,000 clips: Video Diffusion (Ho et al. 2022), MAGVIT; one stretch a video, anywhere in it
+    "kinetics600": Protocol("folder", 64, 5, 16, 50_000),
+    # 4 + 12, mean of the scores of 100 trajectories: FAR, which takes 256 of every tenth video of testlist03; here evenly
+    "ucf101": Protocol("folder", 64, 4, 16, 256, 100, start=0, pooled=False),
+}
+
+
+class Listed(torch.utils.data.Dataset):
+    """The clips of a source with the given indices, in order."""
+
+    def __init__(self, source, indices, start):
+        self.source, self.indices, self.start = source, indices, start
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.source.clip(self.indices[i], self.start), self.indices[i]
+
+
+class Run:
+    """A trained model with what is needed to score it by one protocol. Raises UserError where they do not fit together."""
+
+    def __init__(self, args, ckpt, name):
+        self.device, self.ckpt, self.name, p = sample.pick_device(args.device), ckpt, name, PROTOCOLS[name]
+        cfg, self.model, self.tokenizer = sample.load_run(ckpt, self.device)
+        for key in ("context", "frames"):
+            if getattr(p, key) and getattr(args, key, None) not in (None, getattr(p, key)):
+                raise UserError(f"--{key}={getattr(args, key)}: protocol {name} fixes {key}={getattr(p, key)}")
+        cfg, self.seed = sample.apply_options(cfg, args)
+        opts = replace(cfg.sample, context=p.context or cfg.sample.context, frames=p.frames or cfg.sample.frames)
+        self.cfg = cfg = replace(cfg, sample=opts)
+        if cfg.data.name != p.data:
+            raise UserError(f"--protocol {name} needs a model trained on data.name={p.data}; {ckpt} was trained on data.name={cfg.data.name}")
+        if p.size not in (0, cfg.data.size):
+            raise UserError(f"--protocol {name} is at {p.size} pixels; {ckpt} was trained at data.size={cfg.data.size}")
+        for key in ("clips", "batch", "trajectories"):
+            if getattr(args, key, None) is not None and getattr(args, key) < 1:
+                raise UserError(f"--{key}={getattr(args, key)} must be at least 1")
+        index = sample.run_folder(ckpt) / "index.json"
+        self.test, self.train = (data.open_source(cfg.data, cfg.seed, split, opts.frames, index) for split in ("test", "train"))
+        clips = min(args.clips or p.clips, len(self.test))
+        self.start, self.batch = p.start, args.batch
+        self.indices = np.linspace(0, len(self.test) - 1, clips).round().astype(int).tolist()
+
+    def samples(self, seed, opts=None):
+        """A kind of video (see `collect`): the test clips continued; (seed, index) decides each."""
+
+        def continued(real, indices):
+            context = real[:, : self.cfg.sample.context].to(self.device)
+            with sample.autocast(self.device, self.cfg.train.precision):
+                return sample.continue_clips(self.model, self.tokenizer, context, opts or self.cfg.sample, seed, indices)[0]
+
+        return continued
+
+    def reconstruction(self, real, _):
+        """A kind of video: through the tokenizer and back."""
+        with torch.no_grad(), sample.autocast(self.device, self.cfg.train.precision):
+            return self.tokenizer.decode(self.tokenizer.encode(real.to(self.device)))
+
+    def other_real(self, _, indices):
+        """A kind of video: as many clips of the training split. What they score is the noise floor."""
+        return torch.stack([self.train.clip(index, self.start) for index in indices])
+
+    def describe(self) -> dict:
+        """Everything that a figure depends on and that is not a figure."""
+        cfg, opts = self.cfg, self.cfg.sample
+        return {
+            "protocol": self.name, "checkpoint": str(self.ckpt), "data": cfg.data.path or cfg.data.name, "split": "test", "clips": len(self.indices),
+            "start": "anywhere" if self.start is None else self.start, "size": cfg.data.size, "stride": cfg.data.stride, "context": opts.context,
+            "predicted": opts.frames - opts.context, "set_scores_include_context": True, "frame_scores_include_context": False,
+            "covariance_divisor": "n - 1", "floor": "as many clips of the training split", "seed": self.seed,
+            "sampling": {k: v for k, v in config.to_dict(cfg)["sample"].items() if k not in ("clips", "context", "frames")},
+        }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ videos to scores
+
+
+@dataclass
+class Collected:
+    """What is kept of the videos, which are gone: per kind of video, each over all clips."""
+
+    features: dict  # {detector: {kind: (clips, F)}}
+    frames: dict  # {score: {kind: (clips,)}}
+    objects: dict  # {kind: {measure: (clips, ...)}}, of `pushing` only
+    losses: dict  # held-out losses of the model
+
+
+def collect(run: Run, kinds: dict, detectors: list) -> Collected:
+    """Make every kind of video of the test clips, a batch at a time, and keep what the scores need.
+
+    kinds: {name: function(real (B, T, 3, H, W) in [-1, 1], indices) -> video like real}; "real" is always there.
+    """
+    opts, kinds = run.cfg.sample, {"real": lambda real, _: real} | kinds
+    kept, losses = [defaultdict(lambda: defaultdict(list)) for _ in range(3)], []
+    batches = torch.utils.data.DataLoader(Listed(run.test, run.indices, run.start), run.batch, num_workers=run.cfg.data.workers)
+    with tqdm(total=len(run.indices) * len(kinds), desc="scoring", unit="clip") as bar:
+        for real, indices in batches:
+            truth, indices = to_uint8(real), indices.tolist()
+            for kind, make in kinds.items():
+                video = to_uint8(make(real, indices))
+                for detector in detectors:
+                    kept[0][detector.name][kind].append(metrics.detect_features(detector, video, run.batch))
+                if kind != "real":
+                    for name, value in metrics.frame_scores(truth[:, opts.context :], video[:, opts.context :]).items():
+                        kept[1][name][kind].append(value)
+                if run.name == "pushing" and kind != "floor":
+                    for clip, index in zip(video, indices):
+                        for name, value in object_measures(clip, run.test.state(index), opts.context).items():
+                            kept[2][kind][name].append(value[None])
+                bar.update(len(real))
+            if sum(weight for weight, _ in losses) < 256:
+                losses.append((len(real), held_out_losses(run, real)))
+    total = sum(weight for weight, _ in losses)
+    losses = {name: sum(weight * part[name] for weight, part in losses) / total for name in losses[0][1]}
+    joined = [{a: {b: np.concatenate(v) for b, v in inner.items()} for a, inner in part.items()} for part in kept]
+    features = {name: {kind: torch.from_numpy(value) for kind, value in inner.items()} for name, inner in joined[0].items()}
+    return Collected(features, joined[1], joined[2], losses)
+
+
+def held_out_losses(run, real):
+    with torch.no_grad(), sample.autocast(run.device, run.cfg.train.precision):
+        return validate(run.model, run.tokenizer.encode(real[:, : run.cfg.data.frames].to(run.device)), run.cfg.seed)
+
+
+def summarise(run, detectors, got: Collected, trajectories: list[str], pooled: bool) -> dict:
+    """The figures of several samples (kinds named in `trajectories`) of every clip, with floor and reconstruction where
+    those were collected. `mean` and `std` of a set score are over trajectories, `pooled` takes them as one set."""
+    result = {"trajectories": len(trajectories), "detectors": {}, "losses": got.losses}
+    for detector in detectors:
+        f = got.features[detector.name]
+        score = lambda fake: metrics.set_scores(f["real"], fake, detector.standardise)
+        each = [score(f[kind]) for kind in trajectories]
+        of = {"each": each, "mean": _mean(each), "std": _mean(each, np.std)}
+        if pooled and len(trajectories) > 1:
+            of["pooled"] = score(torch.cat([f[kind] for kind in trajectories]))
+        of |= {kind: score(f[kind]) for kind in ("floor", "reconstruction") if kind in f}
+        result["detectors"][detector.name] = {"is": detector.label, "sha256": detector.sha256, **of}
+    for name, kinds in got.frames.items():
+        values = np.stack([kinds[kind] for kind in trajectories])  # (trajectories, clips)
+        best = values.min(0) if metrics.BEST[name] is min else values.max(0)
+        result[name] = {"mean": float(values.mean()), f"best_of_{len(values)}": float(best.mean()), "each": values.mean(1).tolist()}
+        result[name] |= {kind: float(kinds[kind].mean()) for kind in ("floor", "reconstruction") if kind in kinds}
+    if got.objects:
+        kinds = [*trajectories, *(kind for kind in ("reconstruction",) if kind in got.objects)]
+        speed = np.nanmean(got.objects["real"]["speed"])
+        result["right"] = {kind: float(got.objects[kind]["right"].mean()) for kind in ["real", *kinds]}
+        result["speed_ratio"] = {kind: float(np.nanmean(got.objects[kind]["speed"]) / speed) for kind in kinds}
+        if len(trajectories) > 1:
+            ends = [got.objects[kind]["end"] for kind in trajectories[:2]]
+            result["ends_apart"] = float(np.nanmean(np.linalg.norm(ends[0] - ends[1], axis=-1)))
+    return result
+
+
+def _mean(scores: list[dict], of=np.mean):
+    return {name: float(of([s[name] for s in scores])) for name in scores[0]}

@@ -1,0 +1,181 @@
+"""The scores of metrics.py against torch-fidelity, closed forms, and videos that are wrong in a known way."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import stand_in, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import metrics
+from config import UserError
+from video import to_uint8
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def features(seed, n, width, scale=1.0, shift=0.0):
+    draw = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=draw, dtype=torch.float64)
+    return scale * torch.randn(n, width, generator=draw, dtype=torch.float64) @ mix + shift
+
+
+sets = st.builds(features, st.integers(0, 2**31), st.integers(20, 60), st.just(8), st.floats(0.1, 10), st.floats(-3, 3))
+
+
+@given(sets, sets)
+def test_frechet_is_torch_fidelitys_and_that_of_the_matrix_square_root(a, b):
+    if not metrics.torch_fidelity():
+        pytest.skip("torch-fidelity is not installed")
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    theirs = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), False)["frechet_inception_distance"]
+    near = 1e-6 * float(a.square().sum(1).mean())  # theirs is not exact where the sets are the same
+    assert metrics.frechet(a, b) == pytest.approx(theirs, rel=1e-6, abs=near)
+    # the textbook formula: tr (C_a^(1/2) C_b C_a^(1/2))^(1/2), square roots by eigenvalues
+    c_a, c_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(c_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ c_b @ root).clamp(min=0).sqrt().sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + c_a.trace() + c_b.trace() - 2 * cross
+    assert metrics.frechet(a, b) == pytest.approx(float(expected), rel=1e-6, abs=near)
+
+
+@given(sets, sets)
+def test_frechet_is_zero_for_equal_sets_and_symmetric(a, b):
+    assert metrics.frechet(a, a) <= 1e-9 * float(a.square().mean())
+    assert metrics.frechet(a, b) == pytest.approx(metrics.frechet(b, a), rel=1e-9, abs=1e-9)
+
+
+@given(st.integers(0, 2**31), st.floats(0.2, 5), st.floats(-4, 4))
+def test_frechet_of_stretched_and_shifted_features_has_a_closed_form(seed, scale, shift):
+    x = features(seed, 50, 6)
+    moved = x.mean(0) + scale * (x - x.mean(0)) + shift
+    expected = 6 * shift**2 + (1 - scale) ** 2 * float(torch.cov(x.T).trace())
+    assert metrics.frechet(x, moved) == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+def test_frechet_with_fewer_clips_than_features_is_finite_and_one_clip_is_refused():
+    a, b = features(0, 5, 30), features(1, 7, 30)
+    assert 0 < metrics.frechet(a, b) < float("inf") and metrics.frechet(a, a) < 1e-9 * float(a.square().sum())
+    with pytest.raises(UserError, match="at least two"):
+        metrics.frechet(a[:1], b)
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 9), st.integers(0, 2**31))
+def test_features_do_not_depend_on_the_batch(batch, seed):
+    video = np.random.default_rng(seed).integers(0, 256, (7, 5, 16, 16, 3), np.uint8)
+    detector = metrics.Offline()
+    torch.testing.assert_close(metrics.detect_features(detector, video, batch), metrics.detect_features(detector, video, 7), rtol=1e-5, atol=1e-6)
+
+
+def test_the_offline_detector_is_the_same_everywhere_and_says_what_it_is():
+    assert metrics.Offline().sha256 == metrics.Offline().sha256
+    assert metrics.Offline().sha256.startswith("a8ddf6f9596198a7") and "NOT FVD" in metrics.Offline.label
+
+
+def test_every_corruption_scores_above_the_noise_floor():
+    from fvd import corruptions
+
+    source, others = (data.open_source(tiny("data.train_clips=1000").data, 0, split, 10) for split in ("test", "train"))
+    real, other = (torch.stack([s.clip(i) for i in range(128)]) for s in (source, others))
+    detector = metrics.Offline()
+    score = lambda video: metrics.set_scores(reference, metrics.detect_features(detector, to_uint8(video)), True, slow=False)["frechet"]
+    reference = metrics.detect_features(detector, to_uint8(other))
+    floor, scores = score(real), {name: score(make(real, None)) for name, make in corruptions(2).items()}
+    scores["half speed"] = score(real[:, [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]])
+    assert all(value > 2 * floor for value in scores.values()), (floor, scores)
+
+
+def test_scores_are_torch_fidelitys_with_the_detector_registered():
+    package = metrics.torch_fidelity()
+    if not package:
+        pytest.skip("torch-fidelity is not installed")
+    video = np.random.default_rng(0).integers(0, 256, (48, 4, 16, 16, 3), np.uint8)
+    video[24:] //= 2
+
+    class Clips(torch.utils.data.Dataset):
+        def __init__(self, clips):
+            self.clips = torch.as_tensor(clips)
+
+        def __len__(self):
+            return len(self.clips)
+
+        def __getitem__(self, i):
+            return self.clips[i]
+
+    detector = metrics.Offline()
+    ours = metrics.set_scores(*(metrics.detect_features(detector, v) for v in (video[:24], video[24:])))
+    theirs = package.calculate_metrics(
+        input1=Clips(video[24:]), input2=Clips(video[:24]), feature_extractor=metrics.register(detector), fid=True, kid=True, prc=True,
+        kid_subset_size=12, cuda=False, cache=False, verbose=False, save_cpu_ram=True)  # fmt: skip
+    for name, key in (("frechet", "frechet_inception_distance"), ("kvd", "kernel_inception_distance_mean"), ("precision", "precision"), ("recall", "recall")):
+        assert ours[name] == pytest.approx(theirs[key], rel=1e-4, abs=1e-7)
+
+
+def test_i3d_gets_the_axes_the_range_and_the_call_it_expects(tmp_path):
+    video = np.random.default_rng(0).integers(0, 256, (3, 10, 12, 20, 3), np.uint8)
+    got = metrics.I3D(stand_in(tmp_path / "i3d.pt"))(torch.as_tensor(video))
+    x = torch.as_tensor(video).permute(0, 4, 1, 2, 3).float()  # (B, 3, T, H, W) in 0..255, as the stand-in reports it
+    expected = torch.stack([x.amax((1, 2, 3, 4)), x[:, 0].mean((1, 2, 3)), x[:, :, 0].mean((1, 2, 3)), x[:, :, :, 0].mean((1, 2, 3))], 1)
+    torch.testing.assert_close(got[:, :4], expected)
+    assert got.shape == (3, 400) and (got[:, 4:7] == torch.tensor([10.0, 12.0, 20.0])).all() and (got[:, 7:10] == 1).all()
+
+
+def test_a_wrong_detector_file_is_named(tmp_path):
+    (tmp_path / "text.pt").write_text("no network")
+    torch.save({"a": 1}, tmp_path / "weights.pt")
+    for name, words in (("none.pt", "cannot read"), ("text.pt", "not a TorchScript file"), ("weights.pt", "not a TorchScript file")):
+        with pytest.raises(UserError, match=words):
+            metrics.I3D(tmp_path / name)
+    video = torch.zeros(2, 10, 16, 16, 3, dtype=torch.uint8)
+    torch.jit.script(torch.nn.ReLU()).save(tmp_path / "other.pt")
+    with pytest.raises(UserError, match="does not work as I3D"):
+        metrics.I3D(tmp_path / "other.pt")(video)
+    with pytest.raises(UserError, match=r"returns \(2, 9\)"):
+        metrics.I3D(stand_in(tmp_path / "narrow.pt", width=9))(video)
+    with pytest.raises(UserError, match="needs about 10 frames"):
+        metrics.I3D(stand_in(tmp_path / "good.pt"))(video[:, :4])
+
+
+@given(st.integers(0, 2**31), st.integers(1, 200))
+def test_psnr_and_ssim_at_both_ends_and_in_between(seed, step):
+    draw = np.random.default_rng(seed)
+    a = draw.integers(0, 256 - step, (2, 16, 16, 3)).astype(np.uint8)
+    assert (metrics.psnr(a, a) == 100).all() and metrics.ssim(a, a).numpy() == pytest.approx(1)
+    assert metrics.psnr(a, a + step).numpy() == pytest.approx(20 * np.log10(255 / step))  # closed form
+    noise = draw.integers(0, 256, a.shape, np.uint8)
+    assert (metrics.ssim(a, noise) < 0.9).all() and torch.allclose(metrics.ssim(a, noise), metrics.ssim(noise, a))
+
+
+def test_ssim_is_the_formula_written_out():
+    draw = np.random.default_rng(0)
+    a, b = draw.integers(0, 256, (2, 1, 14, 13, 3)).astype(np.uint8)
+    weight = np.exp(-((np.arange(11) - 5.0) ** 2) / 4.5)
+    weight = np.outer(weight, weight) / weight.sum() ** 2
+    values = []
+    for c in range(3):
+        for y in range(4):
+            for x in range(3):
+                p, q = (image[0, y : y + 11, x : x + 11, c].astype(float) for image in (a, b))
+                mean = lambda v: (weight * v).sum()
+                cov = lambda v, w: mean(v * w) - mean(v) * mean(w)
+                values.append((2 * mean(p) * mean(q) + 2.55**2) * (2 * cov(p, q) + 7.65**2)
+                              / ((mean(p) ** 2 + mean(q) ** 2 + 2.55**2) * (cov(p, p) + cov(q, q) + 7.65**2)))  # fmt: skip
+    assert float(metrics.ssim(a, b)) == pytest.approx(np.mean(values), rel=1e-9)
+    with pytest.raises(UserError, match="11x11"):
+        metrics.ssim(a[:, :10], b[:, :10])
+
+
+def test_lpips_is_used_where_its_weights_are_and_left_out_where_not(tmp_path, monkeypatch):
+    if not metrics.torch_fidelity():
+        pytest.skip("torch-fidelity is not installed")
+    video = np.zeros((2, 3, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    metrics.lpips.cache_clear()
+    assert metrics.lpips() is None and set(metrics.frame_scores(video, video)) == {"psnr", "ssim"}
+    monkeypatch.setattr(metrics, "lpips", lambda: lambda a, b: torch.arange(len(a)).float())
+    assert metrics.frame_scores(video, video)["lpips"].tolist() == [1, 4]  # means over three frames each
+    assert metrics.BEST == {"psnr": max, "ssim": max, "lpips": min}

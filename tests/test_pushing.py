@@ -1,0 +1,149 @@
+"""The pushing world, its detector, and the measures of objects, on clips whose truth is known."""
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pushing
+from pushing import Pushing, detect, gripper_speed, object_measures, render, right_frames
+from video import to_uint8
+
+
+def source(size=32, frames=10, seed=0, split="train", stride=1):
+    return Pushing(dataclasses.replace(tiny().data, size=size, train_clips=10**6, stride=stride), seed, split, frames)
+
+
+@given(st.integers(0, 10**6 - 1), st.sampled_from([32, 64]))
+def test_a_clip_is_in_range_and_decided_by_its_index(index, size):
+    clip = source(size).clip(index)
+    assert clip.shape == (10, 3, size, size) and clip.dtype == torch.float32 and clip.abs().max() <= 1
+    assert torch.equal(clip, source(size).clip(index))
+    assert torch.equal(clip[:4], source(size, frames=4).clip(index))
+    assert torch.equal(source(size, frames=4, stride=3).clip(index), clip[::3])
+
+
+def test_seed_split_and_index_each_give_other_clips():
+    clips = [source().clip(0), source().clip(1), source(seed=1).clip(0), source(split="test").clip(0)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(clips) for b in clips[:i])
+
+
+@given(st.integers(0, 10**6 - 1))
+def test_nothing_overlaps_or_leaves_the_table_or_vanishes(index):
+    state = source(frames=40).state(index)
+    reach = (state.core + state.radius)[None, :, None]
+    assert (state.position >= reach - 1e-9).all() and (state.position <= 1 - reach + 1e-9).all()
+    shapes = list(zip(state.core, state.radius))
+    for place in state.position:
+        assert pushing._worst(place.tolist(), shapes) < pushing.TOUCH
+    assert len(set(state.colour)) == len(state.colour) == state.position.shape[1] in (3, 4)
+    assert np.abs(np.diff(state.position[:, 0], axis=0)).max() < 0.2
+
+
+@given(st.integers(0, 10**6 - 1))
+def test_only_contact_moves_an_object(index):
+    state = source(frames=30).state(index)
+    blocks = np.flatnonzero(state.core[1:] > 0) + 1  # pucks glide on after the contact, blocks do not
+    moved = np.abs(np.diff(state.position, axis=0)).max(-1) > 1e-9
+    shapes = list(zip(state.core, state.radius))
+    for t, body in np.argwhere(moved[:, blocks]):
+        b = blocks[body]
+        gaps = [-pushing._overlap(state.position[k][b], state.position[k][o], shapes[b], shapes[o])[0]
+                for k in (t, t + 1) for o in range(len(shapes)) if o != b]  # fmt: skip
+        assert min(gaps) < 0.1  # something was near
+
+
+def test_the_world_is_worth_predicting():
+    states = [source().state(i) for i in range(200)]
+    pushes = np.mean([np.abs(np.diff(s.position[:, 1:], axis=0)).max() > 0.01 for s in states])
+    velocity = [np.diff(s.position[:, 0], axis=0) for s in states]
+    before, after = (np.concatenate([v[a:b] for v in velocity]) for a, b in ((0, -1), (1, None)))
+    assert pushes > 0.3
+    assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.6  # the past matters
+    assert 0.005 < (after - before).std() < 0.05  # and the future is open
+
+
+def test_clips_are_drawn_fast_enough_for_training():
+    world, begin = source(), time.process_time()
+    for index in range(200):
+        world.clip(index)
+    assert 200 / (time.process_time() - begin) > 300  # clips a second and core; over 1,000 on a current one
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 10**6 - 1), st.sampled_from([32, 64]))
+def test_the_detector_agrees_with_the_simulator(index, size):
+    world = source(size)
+    state, found = world.state(index), detect(world.clip(index).numpy())
+    for axis, name in enumerate("xy"):
+        np.testing.assert_allclose(found[name][:, state.colour], state.position[..., axis], atol=0.5 / size)
+    np.testing.assert_allclose(found["area"][:, state.colour] / state.area(), 1, atol=0.25)
+    assert right_frames(found, state).all()
+
+
+def test_wrong_frames_are_called_wrong():
+    world = source()
+    state, clip = world.state(3), world.clip(3).numpy()
+    right = lambda video: right_frames(detect(video), state).mean()
+    kernel = np.ones(7) / 7
+    blurred = np.apply_along_axis(lambda v: np.convolve(v, kernel, "same"), -1, np.apply_along_axis(lambda v: np.convolve(v, kernel, "same"), -2, clip))
+    assert right(clip) == 1 and right(blurred) == 0
+    assert right(clip[:, ::-1]) == 0  # colours exchanged
+    assert right(world.clip(4).numpy()) == 0  # another scene
+    half = clip.copy()
+    x = int(state.position[0, 1, 0] * 32)
+    half[..., x:] = render(dataclasses.replace(state, position=state.position[:, :1], core=state.core[:1], radius=state.radius[:1],
+                                                    colour=state.colour[:1]), 32)[..., x:]  # fmt: skip
+    assert right_frames(detect(half), state)[0] == False  # noqa: E712  half an object
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Sixteen clips of ten frames, uint8, and their states."""
+    world = source(split="test")
+    return [(to_uint8(world.clip(i)), world.state(i)) for i in range(16)]
+
+
+def test_real_clips_are_right_and_measured_as_the_simulator_moved(clips):
+    for context in (0, 1, 4):
+        for clip, state in clips:
+            found, step = object_measures(clip, state, context), np.diff(state.position[:, 0], axis=0)[max(context - 1, 0) :]
+            assert found["right"].shape == (10 - context,) and found["right"].all()
+            np.testing.assert_allclose(found["speed"], np.hypot(*step.T), atol=0.03)
+            np.testing.assert_allclose(found["end"], state.position[-1, 0], atol=0.5 / 32)
+
+
+def test_each_fault_is_seen_by_the_measure_made_for_it(clips):
+    rng, speeds, halves = np.random.default_rng(0), [], []
+    for (clip, state), (other, _) in zip(clips, clips[1:] + clips[:1]):
+        frozen = object_measures(clip[[1] * 10], state, 2)
+        assert frozen["right"].all() and not frozen["speed"].any()
+        slow = object_measures(clip[[0, 1, 1, 2, 2, 3, 3, 4, 4, 5]], state, 2)
+        speeds.append((slow["speed"].mean(), object_measures(clip, state, 2)["speed"].mean()))
+        assert not object_measures(rng.integers(0, 256, clip.shape, np.uint8), state, 2)["right"].any()
+        halves.append(object_measures(np.concatenate([clip[:, :, :16], other[:, :, 16:]], 2), state, 2)["right"].mean())
+    slow, whole = np.mean(speeds, axis=0)
+    assert slow < 0.7 * whole and np.mean(halves) < 0.2
+
+
+@given(st.integers(0, 15), st.integers(1, 8), st.sets(st.integers(0, 9)))
+def test_spoiled_frames_count_where_they_were_predicted(clips, index, context, spoiled):
+    clip, state = clips[index]
+    clip = clip.copy()
+    clip[list(spoiled)] = 0
+    assert object_measures(clip, state, context)["right"].tolist() == [t not in spoiled for t in range(context, 10)]
+
+
+def test_a_lost_gripper_has_no_speed_and_no_end(clips):
+    found = {"x": np.array([[0.1], [np.nan], [0.3]]), "y": np.array([[0.1], [np.nan], [0.3]])}
+    assert np.isnan(gripper_speed(found)).all()
+    clip, state = clips[0]
+    clip = clip.copy()
+    clip[-1] = np.uint8(255 * np.array(pushing.TABLE))
+    found = object_measures(clip, state, 2)
+    assert np.isnan(found["end"]).all() and np.isnan(found["speed"]).tolist() == [False] * 7 + [True] and not found["right"][-1]
