@@ -116,17 +116,18 @@ class Folder:
 
         A video that turns out damaged is named in a warning and the next one takes its place. Raises UserError after 100.
         """
-        draw = np.random.default_rng([self.seed, self.split, index])
+        draw, reason = np.random.default_rng([self.seed, self.split, index]), ""
         for other in range(min(len(self), 100)):
             name, times, first, count = self.videos[(index + other) % len(self)]
             begin = first + (int(draw.integers(count - self.need + 1)) if start is None else min(start, count - self.need))
             try:
                 return to_tensor(read_frames(self.root / name, times, range(begin, begin + self.need, self.stride), self.size))
             except Unreadable as error:
+                reason = str(error)
                 if name not in self.failed:
                     self.failed.add(name)
-                    warn(f"{self.root / name}: {error}; another video takes its place")
-        raise UserError(f"{self.root / name}: {error}, and so {other} videos before it; is the disk still there?")
+                    warn(f"{self.root / name}: {reason}; another video takes its place")
+        raise UserError(f"{self.root / name}: {reason}, and so {other} videos before it; is the disk still there?")
 
 
 def _split(root: Path, length: dict[str, int], split: str, test_list: str) -> list[tuple[str, int, int]]:

@@ -9,6 +9,7 @@ what a seek gives equals what decoding from the start gives.
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -65,8 +66,11 @@ def read_index(root: Path, cache=None) -> dict:
         warn(f"{root / name} is left out: {index[name]['skip']}")
     if cache and (new or len(old) != len(index)):
         temporary = f"{cache}.{os.getpid()}.tmp"
-        Path(temporary).write_text(json.dumps({"root": os.fspath(root.resolve()), "videos": index}), encoding="utf-8")
-        os.replace(temporary, cache)
+        try:
+            Path(temporary).write_text(json.dumps({"root": os.fspath(root.resolve()), "videos": index}), encoding="utf-8")
+            os.replace(temporary, cache)
+        except OSError as error:
+            warn(f"the index cannot be kept in {cache}: {error.strerror}")
     usable = {name: _times(entry) for name, entry in sorted(index.items()) if "skip" not in entry}
     if len(usable) < len(index):
         warn(f"{len(index) - len(usable)} of {len(index)} files in {root} cannot be read as video and are left out")
@@ -86,13 +90,13 @@ def _stored(cache, root: Path) -> dict:
         for entry in stored["videos"].values():
             entry["skip"] if "skip" in entry else len(_times(entry))
         return stored["videos"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         warn(f"{cache} is damaged and made anew")
         return {}
 
 
 def _times(entry):
-    return range(*entry["range"]) if "range" in entry else np.array(entry["times"]) if "times" in entry else Untimed(entry["count"])
+    return range(*entry["range"]) if "range" in entry else np.fromiter(entry["times"], np.int64) if "times" in entry else Untimed(entry["count"])
 
 
 @dataclass
@@ -141,19 +145,31 @@ def probe(path: Path) -> dict:
             if not container.streams.video:
                 return {"skip": "no video stream"}
             stream = container.streams.video[0]
+            if stream.codec_context is None or stream.codec_context.width < 1:
+                return {"skip": "no decoder for its video, or no frame size"}
+            avi = container.format.name == "avi"
             packets = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
-            if stream.codec_context.width < 1:
-                return {"skip": "frames without a size"}
     except (av.FFmpegError, OSError, ValueError) as error:
         return {"skip": getattr(error, "strerror", None) or str(error)}
     if not packets:
         return {"skip": "no frames"}
-    if None in packets or len(set(packets)) < len(packets):
+    if None in packets or len(set(packets)) < len(packets) or (avi and not _in_order(path)):
         return {"count": len(packets)}
     times = sorted(packets)
     step = times[1] - times[0] if len(times) > 1 else 1
     regular = range(times[0], times[-1] + 1, step)
-    return {"range": [regular.start, regular.stop, step]} if list(regular) == times else {"times": times}
+    if len(regular) == len(times) and list(regular) == times:
+        return {"range": [regular.start, regular.stop, step]}
+    return {"times": times}
+
+
+def _in_order(path: Path) -> bool:
+    """Whether the first frames come out with rising times: AVI keeps none, and what FFmpeg makes up can be wrong."""
+    import av
+
+    with av.open(os.fspath(path.resolve())) as container:
+        times = [frame.pts for frame in itertools.islice(container.decode(container.streams.video[0]), 40)]
+    return None not in times and times == sorted(times)
 
 
 def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
@@ -200,7 +216,7 @@ def _decode(path, size, needed, seek=False, numbered=False) -> list[np.ndarray]:
             for packet in container.demux(stream):
                 if skip:  # what is not needed, not even by other frames, goes undecoded
                     context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in remaining else "NONREF"
-                for frame in packet.decode():
+                for frame in _frames(packet):
                     key, number = number if numbered else frame.pts, number + 1
                     if key in remaining and not frame.is_corrupt:
                         remaining.discard(key)
@@ -208,6 +224,16 @@ def _decode(path, size, needed, seek=False, numbered=False) -> list[np.ndarray]:
                     if not remaining or (key is not None and key > needed[-1]):
                         return [taken[key] for key in needed if key in taken]
     return [taken[key] for key in needed if key in taken]
+
+
+def _frames(packet):
+    """The frames that a packet completes; none if it is damaged, so that those before and after it still come."""
+    import av
+
+    try:
+        return packet.decode()
+    except av.FFmpegError:
+        return []
 
 
 def _images(folder: Path) -> list[Path]:

@@ -264,6 +264,21 @@ def test_of_a_cut_file_the_frames_before_the_cut_remain(tmp_path, name):
         assert 5 < count < 40 and numbers(read(tmp_path / name, range(count - 1))) == list(range(count - 1))
 
 
+@pytest.mark.parametrize("name", ["v.mp4", "v.avi"])
+def test_what_a_damaged_packet_spoils_is_never_given_out(tmp_path, name):
+    raw, frames = write_video(tmp_path / name).read_bytes(), read(tmp_path / name, range(20))
+    with av.open(str(tmp_path / name)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    for damaged in (0, 7):
+        at, size = places[damaged]
+        (tmp_path / name).write_bytes(raw[:at] + bytes(size) + raw[at + size :])
+        for t in range(20):
+            try:
+                assert (read(tmp_path / name, range(t, t + 1)) == frames[t]).all()
+            except Unreadable:
+                assert damaged <= t < damaged + 5 - damaged % 5  # up to the next key frame
+
+
 NAMES = ["-x", "a b", "%03d", "a%3d", "#", "a:b", "pipe:", "http:x", "q*[0-9]?", "~", "\n", "'\"|", "é日本", os.fsdecode(b"\xff"), "UPPER"]
 
 
