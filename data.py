@@ -89,8 +89,8 @@ class Folder:
     """Random clips of the videos anywhere below `data.path`, each video equally often: video files, and folders of images.
 
     The split is `data.test_list` where given, a text file that names the test videos; else the folders `train/` and `test/`
-    where both exist; else, of fewer than FEW videos, the last fifth of each is the test split, and of more, one video in
-    ten, chosen by a hash of its path that does not change as videos are added. What is shorter than a clip is left out, with
+    where both exist; else, of fewer than FEW videos, the last fifth of each is the test split, and of more, those whose path
+    has a hash in the lowest tenth, so that a video stays in its split as others are added. What is shorter than a clip is left out, with
     a warning that counts it. Raises UserError if nothing usable is left.
     """
 
@@ -148,7 +148,7 @@ def _read_list(file: str, names) -> set[str]:
     """The names of a list file: a line is a path below data.path, as in UCF-101's testlist01.txt; without suffix will do, and
     a class number may follow. Raises UserError for a list that cannot be read or names none of the videos."""
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.test_list={file} cannot be read: {error}") from None
     known = {os.path.splitext(name)[0]: name for name in names} | {name: name for name in names}

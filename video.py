@@ -57,7 +57,8 @@ def read_index(root: Path, cache=None) -> dict:
     stamps, old = find_videos(root), _stored(cache, root)
     index = {name: old[name] for name, stamp in stamps.items() if name in old and old[name].get("stamp") == stamp}
     new = [name for name in stamps if name not in index]
-    batches = torch.utils.data.DataLoader(_Probes(root, new), 32, num_workers=(os.cpu_count() or 1) if len(new) > 500 else 0, collate_fn=list)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    batches = torch.utils.data.DataLoader(_Probes(root, new), 32, num_workers=cores if len(new) > 500 else 0, collate_fn=list)
     with tqdm(desc="indexing", total=len(new), unit="video", disable=len(new) < 100) as bar:
         for name, entry in (pair for batch in batches for pair in batch):
             index[name] = {"stamp": stamps[name]} | entry
@@ -167,8 +168,10 @@ def _in_order(path: Path) -> bool:
     """Whether the first frames come out with rising times: AVI keeps none, and what FFmpeg makes up can be wrong."""
     import av
 
-    with av.open(os.fspath(path.resolve())) as container:
-        times = [frame.pts for frame in itertools.islice(container.decode(container.streams.video[0]), 40)]
+    times = []
+    with contextlib.suppress(av.FFmpegError), av.open(os.fspath(path.resolve())) as container:  # of a damaged one, the beginning
+        for frame in itertools.islice(container.decode(container.streams.video[0]), 40):
+            times.append(frame.pts)
     return None not in times and times == sorted(times)
 
 
@@ -183,13 +186,15 @@ def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
     try:
         if path.is_dir():
             images = _images(path)
-            return np.stack([_decode(images[i], size, [0], numbered=True)[0] for i in wanted])
+            taken = [_decode(images[i], size, [0], numbered=True) for i in wanted]
+            if [] in taken:
+                raise Unreadable(f"{images[wanted[taken.index([])]].name} is not a whole image")
+            return np.concatenate(taken)
         needed = list(wanted) if numbered else [int(times[i]) for i in wanted]
-        if wanted[0] and not numbered:
-            with contextlib.suppress(av.FFmpegError):
-                taken = _decode(path, size, needed, seek=True)
-        if len(taken) < len(needed):  # no seek, or it led past the first frame, or to one that needs those before it
-            taken = _decode(path, size, needed, numbered=numbered)
+        for earlier in (0, 5, None) if wanted[0] and not numbered else (None,):
+            if len(taken) < len(needed):  # no seek yet, or it led past the first frame, or to one that needs those before it
+                with contextlib.suppress(*([av.FFmpegError] if earlier is not None else [])):
+                    taken = _decode(path, size, needed, earlier, numbered)
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
         raise Unreadable(getattr(error, "strerror", None) or str(error)) from None
     if len(taken) < len(needed):
@@ -197,9 +202,10 @@ def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
     return np.stack(taken)
 
 
-def _decode(path, size, needed, seek=False, numbered=False) -> list[np.ndarray]:
+def _decode(path, size, needed, earlier=None, numbered=False) -> list[np.ndarray]:
     """Those of the `needed` frames that can be decoded, given by presentation times or, `numbered`, counted from 0.
 
+    earlier: begin at the key frame before the first of them, looked for that many seconds earlier; None: begin at the start.
     On one thread: more would decode ahead of the last one, and the data processes are parallel already.
     """
     import av
@@ -210,30 +216,31 @@ def _decode(path, size, needed, seek=False, numbered=False) -> list[np.ndarray]:
             stream = container.streams.video[0]
             context = stream.codec_context
             context.thread_count = 1
-            if seek:
-                container.seek(needed[0], stream=stream)
+            if earlier is not None:
+                container.seek(needed[0] - int(earlier / stream.time_base), stream=stream)
             skip = not numbered and context.name in ("h264", "hevc")
             for packet in container.demux(stream):
                 if skip:  # what is not needed, not even by other frames, goes undecoded
                     context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in remaining else "NONREF"
-                for frame in _frames(packet):
+                frames, damaged = _frames(packet, context)
+                for frame in frames:
                     key, number = number if numbered else frame.pts, number + 1
                     if key in remaining and not frame.is_corrupt:
                         remaining.discard(key)
                         taken[key] = _crop(frame, size)
-                    if not remaining or (key is not None and key > needed[-1]):
-                        return [taken[key] for key in needed if key in taken]
+                if not remaining or damaged or (frames and key is not None and key > needed[-1]):
+                    break
     return [taken[key] for key in needed if key in taken]
 
 
-def _frames(packet):
-    """The frames that a packet completes; none if it is damaged, so that those before and after it still come."""
+def _frames(packet, context) -> tuple[list, bool]:
+    """The frames that a packet completes, and whether it is damaged: then those before it, as those after it may lack it."""
     import av
 
     try:
-        return packet.decode()
+        return packet.decode(), False
     except av.FFmpegError:
-        return []
+        return context.decode(None), True
 
 
 def _images(folder: Path) -> list[Path]:

@@ -269,12 +269,13 @@ def test_what_a_damaged_packet_spoils_is_never_given_out(tmp_path, name):
     raw, frames = write_video(tmp_path / name).read_bytes(), read(tmp_path / name, range(20))
     with av.open(str(tmp_path / name)) as container:
         places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
-    for damaged in (0, 7):
+    for damaged in range(20):
         at, size = places[damaged]
         (tmp_path / name).write_bytes(raw[:at] + bytes(size) + raw[at + size :])
-        for t in range(20):
+        found = probe(tmp_path / name)
+        for t in range(20) if damaged in (7, 13) else ():
             try:
-                assert (read(tmp_path / name, range(t, t + 1)) == frames[t]).all()
+                assert (read_frames(tmp_path / name, video._times(found), range(t, t + 1), 32) == frames[t]).all()
             except Unreadable:
                 assert damaged <= t < damaged + 5 - damaged % 5  # up to the next key frame
 
