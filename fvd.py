@@ -62,7 +62,7 @@ def report(s):
           f"{s['predicted']} frames predicted from {s['context']}; {s['trajectories']} samples a clip, seeds from {s['seed']}; {settings}")  # fmt: skip
     for name, d in s["detectors"].items():
         label = "FVD" if name == "i3d" else f"Fréchet, {d['is']}"
-        print(f"{label} (context included, covariances over n - 1, detector sha256 {d['sha256'][:16]}):")
+        print(f"{label} (context included, covariances over n - 1, detector {d['file'] or 'built in'}, sha256 {d['sha256'][:16]}):")
         rows = [("all samples as one set", d["pooled"])] if "pooled" in d else []
         for title, row in [*rows, ("one sample a clip, mean", d["mean"]), ("tokenizer reconstruction", d["reconstruction"]),
                            (f"noise floor, {s['floor']}", d["floor"])]:  # fmt: skip

@@ -35,7 +35,7 @@ class Offline(nn.Module):
     (`fvd.py sanity`), and compares models scored with the same number of clips, frames and pixels; nothing else.
     """
 
-    name, label, standardise = "offline", "offline detector, random weights: NOT FVD", True
+    name, label, standardise, path = "offline", "offline detector, random weights: NOT FVD", True, ""
 
     def __init__(self):
         super().__init__()

@@ -176,7 +176,8 @@ def held_out_losses(run, real):
 def summarise(run, detectors, got: Collected, trajectories: list[str], pooled: bool) -> dict:
     """The figures of several samples (kinds named in `trajectories`) of every clip, with floor and reconstruction where
     those were collected. `mean` and `std` of a set score are over trajectories, `pooled` takes them as one set."""
-    result = {"trajectories": len(trajectories), "detectors": {}, "losses": got.losses}
+    headline = "all samples as one set" if pooled and len(trajectories) > 1 else "mean over samples"
+    result = {"trajectories": len(trajectories), "set_scores_are": headline, "detectors": {}, "losses": got.losses}
     for detector in detectors:
         f = got.features[detector.name]
         score = lambda fake: metrics.set_scores(f["real"], fake, detector.standardise)
@@ -185,7 +186,7 @@ def summarise(run, detectors, got: Collected, trajectories: list[str], pooled: b
         if pooled and len(trajectories) > 1:
             of["pooled"] = score(torch.cat([f[kind] for kind in trajectories]))
         of |= {kind: score(f[kind]) for kind in ("floor", "reconstruction") if kind in f}
-        result["detectors"][detector.name] = {"is": detector.label, "sha256": detector.sha256, **of}
+        result["detectors"][detector.name] = {"is": detector.label, "file": str(detector.path), "sha256": detector.sha256, **of}
     for name, kinds in got.frames.items():
         values = np.stack([kinds[kind] for kind in trajectories])  # (trajectories, clips)
         best = values.min(0) if metrics.BEST[name] is min else values.max(0)

@@ -191,10 +191,12 @@ def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
                 raise Unreadable(f"{images[wanted[taken.index([])]].name} is not a whole image")
             return np.concatenate(taken)
         needed = list(wanted) if numbered else [int(times[i]) for i in wanted]
-        for earlier in (0, 5, None) if wanted[0] and not numbered else (None,):
-            if len(taken) < len(needed):  # no seek yet, or it led past the first frame, or to one that needs those before it
-                with contextlib.suppress(*([av.FFmpegError] if earlier is not None else [])):
-                    taken = _decode(path, size, needed, earlier, numbered)
+        if wanted[0] and not numbered:
+            for earlier in (0, 10):  # a seek may lead past the first frame, or to one that needs those before it
+                with contextlib.suppress(av.FFmpegError):
+                    taken = taken if len(taken) == len(needed) else _decode(path, size, needed, earlier)
+        if len(taken) < len(needed):
+            taken = _decode(path, size, needed, numbered=numbered)
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
         raise Unreadable(getattr(error, "strerror", None) or str(error)) from None
     if len(taken) < len(needed):

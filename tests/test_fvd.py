@@ -121,7 +121,7 @@ def test_bair_by_its_protocols(tmp_path, name, changes):
     out, _ = script("fvd.py", "--ckpt", tmp_path / "run", "--protocol", name, "--trajectories", 2, "--i3d", stand_in(tmp_path / "i3d.pt"))
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert scores["clips"] == 4 and scores["context"] == changes["context"] and scores["predicted"] == changes["frames"] - changes["context"]
-    assert scores["start"] == 0 and ("pooled" in scores["detectors"]["i3d"]) == (name == "bair") and "\nFVD (context included" in out
+    assert scores["start"] == 0 and ("pooled" in scores["detectors"]["i3d"]) == (name == "bair") and scores["detectors"]["i3d"]["file"].endswith("i3d.pt") and "\nFVD (context included" in out
     _, err = script("fvd.py", "--ckpt", tmp_path / "run", "--protocol", name, "--frames", 12, expect=2)
     assert f"protocol {name} fixes frames={changes['frames']}" in err
 

@@ -42,6 +42,13 @@ def test_frechet_is_torch_fidelitys_and_that_of_the_matrix_square_root(a, b):
     assert metrics.frechet(a, b) == pytest.approx(float(expected), rel=1e-6, abs=near)
 
 
+def test_frechet_is_scipys():
+    draw = np.random.RandomState(0)
+    a, b = draw.standard_normal((200, 30)), 1.3 * draw.standard_normal((150, 30)) @ draw.standard_normal((30, 30)) / 5 + 0.2
+    # |mean_a - mean_b|^2 + trace(C_a + C_b - 2 scipy.linalg.sqrtm(C_a @ C_b).real) by SciPy 1.17.1
+    assert metrics.frechet(torch.tensor(a), torch.tensor(b)) == pytest.approx(22.222752554222446, rel=1e-9)
+
+
 @given(sets, sets)
 def test_frechet_is_zero_for_equal_sets_and_symmetric(a, b):
     assert metrics.frechet(a, a) <= 1e-9 * float(a.square().mean())
