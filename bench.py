@@ -4,11 +4,12 @@
     python bench.py data --videos DIR                   # on your own
     python bench.py cost configs/kinetics600.yaml       # parameters, tokens, FLOPs, memory, GPU hours, without a GPU
 
-Ratios are medians over repeats that take turns in one process; absolute times are this machine's. --json FILE keeps all figures.
+Ratios are those of medians over repeats that take turns in one process; clips a second are means, on this machine. --json FILE keeps all figures.
 """
 
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -25,7 +26,7 @@ import config
 import sample
 import tokenizer as vae
 import video
-from canvas import CanvasMAR
+from canvas import CanvasMAR, Draws
 from config import UserError
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -41,7 +42,7 @@ def bench_data(args) -> dict:
         else:
             paths = [make_video(Path(folder) / f"{w}x{h}.mp4", w, h) for w, h in ((340, 256), (1280, 720))]
         for path in paths:
-            figures[path.name] = row = time_readers(path, args.frames, args.size, args.repeats)
+            figures[os.path.relpath(path, args.videos or folder)] = row = time_readers(path, args.frames, args.size, args.repeats)
             if row:
                 print(f"{path.name}: {row['frames']} frames; {args.frames} at {args.size}x{args.size} by seeking: {row['clips_per_second']:.1f} clips/s and core, "
                       f"{row['over_whole']:.1f} times decoding and scaling every frame, {row['over_decoding']:.1f} times decoding every frame and scaling "
@@ -54,8 +55,7 @@ def bench_data(args) -> dict:
 
 def make_video(path: Path, width: int, height: int, seconds=10, rate=30) -> Path:
     """A moving, noisy H.264 video by x264's defaults (a key frame at least every 250), as Kinetics clips are made."""
-    import av
-
+    av = config.require("av", "av")
     rng = np.random.default_rng(0)
     texture = rng.integers(0, 256, (height // 8 + 32, width // 8 + 32, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     with av.open(str(path), "w") as container:
@@ -70,12 +70,13 @@ def make_video(path: Path, width: int, height: int, seconds=10, rate=30) -> Path
 
 
 def time_readers(path: Path, frames: int, size: int, repeats: int) -> dict:
-    """Seconds of the three ways to get one clip, which must be the same clip; {} for a video that is too short."""
+    """Seconds of the three ways to get one clip, which must be the same clip; {} for a video that is too short, damaged, or a
+    folder of frames."""
     begin = time.perf_counter()
     entry = video.probe(path)
     index_ms = 1e3 * (time.perf_counter() - begin)
     times = video._times(entry) if "skip" not in entry else ()
-    if len(times) < frames:
+    if len(times) < frames or path.is_dir() or len(video._decode(path, size, range(len(times)), numbered=True)) < len(times):
         return {}
     rng, seconds = np.random.default_rng(0), {"seek": [], "whole": [], "decode": []}
     for _ in range(repeats):
@@ -95,21 +96,26 @@ def time_readers(path: Path, frames: int, size: int, repeats: int) -> dict:
 
 
 def encoding_share(args) -> dict:
-    """What encoding the frames costs beside the rest of a training step: by FLOPs, and for small models by the clock."""
+    """What encoding the frames costs beside the rest of a training step: by FLOPs, and by the clock on a GPU or for small models."""
     cfg = config.load(args.config)
     c = count(cfg)
     share = {"flops": c["encode_flops"] / (c["encode_flops"] + c["step_flops"]), "parameters": c["parameters"]}
-    if c["parameters"] > 5e6:
+    device = sample.pick_device("auto")
+    if device.type == "cpu" and c["parameters"] > 5e6:
         return share
     model, tokenizer, x, draws = real_parts(cfg)
-    seconds = {"encode": [], "step": []}
+    model, tokenizer, x = model.to(device), tokenizer.to(device), x.to(device)
+    draws = Draws(**{name: value.to(device) for name, value in vars(draws).items()})
+    wait, seconds = torch.cuda.synchronize if device.type == "cuda" else lambda: None, {"encode": [], "step": []}
     for _ in range(args.repeats // 4 + 3):
-        begin = time.perf_counter()
-        with torch.no_grad():
-            f = tokenizer.encode(x)
-        middle = time.perf_counter()
-        model(f, draws)[0].backward()
-        seconds["encode"].append(middle - begin), seconds["step"].append(time.perf_counter() - middle)
+        with sample.autocast(device, "bf16" if device.type == "cuda" else "fp32"):
+            marks = [time.perf_counter()]
+            with torch.no_grad():
+                f = tokenizer.encode(x)
+            wait(), marks.append(time.perf_counter())
+            model(f, draws)[0].backward()
+            wait(), marks.append(time.perf_counter())
+        seconds["encode"].append(marks[1] - marks[0]), seconds["step"].append(marks[2] - marks[1])
     encode, step = (statistics.median(seconds[k][2:]) for k in ("encode", "step"))
     return share | {"time": encode / (encode + step)}
 
@@ -225,6 +231,11 @@ def main():
     else:
         raise UserError("usage: bench.py data|cost ... (--help after either lists the options)")
     args = parser.parse_args(sys.argv[2:])
+    for name in ("frames", "size", "repeats", "gpus", "peak", "mfu"):
+        if getattr(args, name, 1) <= 0:
+            raise UserError(f"--{name}={getattr(args, name)} must be more than 0")
+    if args.json:
+        sample.make_folder(Path(args.json).parent)
     figures = {"data": bench_data, "cost": bench_cost}[what](args)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1))

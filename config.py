@@ -9,6 +9,7 @@ of each. A file may begin with `base: other.yaml` and state only what differs fr
 import argparse
 import dataclasses
 import difflib
+import importlib
 import math
 import os
 import sys
@@ -35,6 +36,14 @@ def cli(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def require(module: str, package: str):
+    """Import a module that only some uses need. Raises UserError that says which package to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"this needs the package {package}, which is not installed: pip install {package}") from None
 
 
 class Parser(argparse.ArgumentParser):

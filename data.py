@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import Data, UserError
+from config import Data, UserError, require
 from pushing import Pushing
 from video import Unreadable, read_frames, read_index, to_tensor, warn
 
@@ -33,6 +33,11 @@ def open_source(data: Data, seed: int, split: str, frames: int, cache=None):
     if data.name == "folder":
         return Folder(data, seed, split, frames, cache)
     return {"pushing": Pushing, "bair": Bair}[data.name](data, seed, split, frames)
+
+
+def spread(source, count: int) -> list[int]:
+    """`count` indices spread evenly over a source, so that of sorted videos every class is met; more than it has wrap."""
+    return np.linspace(0, len(source) - 1, count).round().astype(int).tolist() if count <= len(source) else list(range(count))
 
 
 # ------------------------------------------------------------------------------------------- order, batches, processes
@@ -126,7 +131,7 @@ class Folder:
                 reason = str(error)
                 if name not in self.failed:
                     self.failed.add(name)
-                    warn(f"{self.root / name}: {reason}; another video takes its place")
+                    warn(f"{self.root / name}: {reason}; another video takes its place", everywhere=True)
         raise UserError(f"{self.root / name}: {reason}, and so {other} videos before it; is the disk still there?")
 
 
@@ -246,9 +251,7 @@ def read_record(file: Path, offset: int, length: int) -> bytes:
 
 def _checked(data: bytes, checksum: bytes) -> bool:
     """Whether the masked CRC-32C of TFRecord files agrees."""
-    import google_crc32c
-
-    crc = google_crc32c.value(data)
+    crc = require("google_crc32c", "google-crc32c").value(data)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF) == checksum
 
 

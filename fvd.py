@@ -13,6 +13,8 @@ import itertools
 import json
 import os
 import sys
+import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,19 +25,26 @@ from tqdm import tqdm
 import config
 import metrics
 import sample
+from canvas import clip_generator
 from config import UserError
 from protocols import PROTOCOLS, Run, collect, summarise
-from video import Unreadable, read_frames, read_index
+from video import Unreadable, read_frames, read_index, warn
+
 
 def open_detectors(args, device) -> list:
     """The offline detector, and I3D where --i3d names its file."""
+    if not metrics.torch_fidelity():
+        print("warning: torch-fidelity is not installed, so there are no KVD, precision and recall", file=sys.stderr)
     return [d.to(device).eval() for d in [metrics.Offline(), *([metrics.I3D(args.i3d)] if args.i3d else [])]]
 
 
 def write_json(scores: dict, path):
-    """Written aside, then renamed: what was there before stays whole."""
-    Path(f"{path}.tmp").write_text(json.dumps(scores, indent=1))
-    os.replace(f"{path}.tmp", path)
+    """Written aside, then renamed: what was there before stays whole. Raises UserError."""
+    try:
+        Path(f"{path}.tmp").write_text(json.dumps(scores, indent=1))
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
@@ -44,12 +53,12 @@ def write_json(scores: dict, path):
 def run_protocol(args):
     """--ckpt RUN --protocol NAME: sample the test split and score it; writes scores.json beside the checkpoint."""
     p = PROTOCOLS[args.protocol]
-    run = Run(args, args.ckpt[0], args.protocol)
+    run = Run(args, args.ckpt, args.protocol)
     detectors = open_detectors(args, run.device)
     names = {f"seed {run.seed + j}": run.seed + j for j in range(args.trajectories or p.trajectories)}
-    kinds = {"floor": run.other_real, "reconstruction": run.reconstruction} | {name: run.samples(seed) for name, seed in names.items()}
-    scores = run.describe() | summarise(run, detectors, collect(run, kinds, detectors), list(names), p.pooled)
-    file = sample.run_folder(args.ckpt[0]) / "scores.json"
+    kinds = {"reconstruction": run.reconstruction} | {name: run.samples(seed) for name, seed in names.items()}
+    scores = run.describe() | summarise(detectors, collect(run, kinds, detectors, floor=True), list(names), p.pooled)
+    file = sample.run_folder(args.ckpt) / "scores.json"
     write_json(scores, file)
     report(scores)
     print(f"written to {file}")
@@ -62,7 +71,7 @@ def report(s):
           f"{s['predicted']} frames predicted from {s['context']}; {s['trajectories']} samples a clip, seeds from {s['seed']}; {settings}")  # fmt: skip
     for name, d in s["detectors"].items():
         label = "FVD" if name == "i3d" else f"Fréchet, {d['is']}"
-        print(f"{label} (context included, covariances over n - 1, detector {d['file'] or 'built in'}, sha256 {d['sha256'][:16]}):")
+        print(f"{label} (context included, covariances over n - 1, detector {d['file'] or 'built in'}, sha256 {d['sha256']}):")
         rows = [("all samples as one set", d["pooled"])] if "pooled" in d else []
         for title, row in [*rows, ("one sample a clip, mean", d["mean"]), ("tokenizer reconstruction", d["reconstruction"]),
                            (f"noise floor, {s['floor']}", d["floor"])]:  # fmt: skip
@@ -91,7 +100,6 @@ def report(s):
 
 def corruptions(context: int) -> dict:
     """Kinds of video (see `collect`) that are wrong in a known way, all frames of them but where `context` is named."""
-    rng = torch.Generator().manual_seed(0)
 
     def blur(real, _):
         weights = torch.exp(-torch.arange(-3.0, 4.0) ** 2 / (2 * 1.0**2))
@@ -99,12 +107,17 @@ def corruptions(context: int) -> dict:
         flat = torch.nn.functional.pad(real.flatten(0, 2)[:, None], (3, 3, 3, 3), mode="replicate")
         return torch.nn.functional.conv2d(flat, kernel).view_as(real)
 
-    return {
-        "blur, sigma 1 pixel": blur,
-        "noise, sigma 10 of 255": lambda real, _: real + 10 / 127.5 * torch.randn(real.shape, generator=rng),
-        "frozen after the context": lambda real, _: torch.cat([real[:, :context], real[:, context - 1 : context].expand_as(real[:, context:])], 1),
-        "shuffled in time": lambda real, _: real[:, torch.randperm(real.shape[1], generator=rng)],
-    }
+    def noise(real, indices):
+        return real + 10 / 127.5 * torch.stack([torch.randn(real.shape[1:], generator=clip_generator(0, i)) for i in indices])
+
+    def shuffled(real, indices):
+        return torch.stack([clip[torch.randperm(len(clip), generator=clip_generator(0, i))] for clip, i in zip(real, indices)])
+
+    def frozen(real, _):
+        return torch.cat([real[:, :context], real[:, context - 1 : context].expand_as(real[:, context:])], 1)
+
+    kinds = {"blur, sigma 1 pixel": blur, "noise, sigma 10 of 255": noise, "frozen after the context": frozen, "shuffled in time": shuffled}
+    return {name: make for name, make in kinds.items() if context or make is not frozen}
 
 
 def run_sanity(args):
@@ -112,11 +125,11 @@ def run_sanity(args):
 
     Everything is made from the test clips and compared with other real clips, so that the first row is the noise floor.
     """
-    run = Run(args, args.ckpt[0], args.protocol or _protocol_of(args.ckpt[0]))
+    run = Run(args, args.ckpt, args.protocol or _protocol_of(args.ckpt))
     detectors = open_detectors(args, run.device)
     made = {"tokenizer reconstruction": run.reconstruction, "samples": run.samples(run.seed), "samples, other seed": run.samples(run.seed + 1)}
     made |= corruptions(run.cfg.sample.context)
-    got = collect(run, {"floor": run.other_real} | made, detectors)
+    got = collect(run, made, detectors, floor=True)
     table = {}
     for kind in ("real", *made):
         table[kind] = {}
@@ -127,7 +140,7 @@ def run_sanity(args):
         if got.objects:
             speed = np.nanmean(got.objects[kind]["speed"]) / np.nanmean(got.objects["real"]["speed"])
             table[kind] |= {"right frames": float(got.objects[kind]["right"].mean()), "speed ratio": float(speed)}
-    file = sample.run_folder(args.ckpt[0]) / "sanity.json"
+    file = sample.run_folder(args.ckpt) / "sanity.json"
     write_json(run.describe() | {"detectors": {d.name: {"is": d.label, "sha256": d.sha256} for d in detectors}, "table": table}, file)
     columns = list(table["samples"])
     print(f"{len(run.indices)} test clips, changed as the row says, against as many of the training split; PSNR, SSIM: against the clip itself")
@@ -151,17 +164,25 @@ def run_sweep(args):
     guidance = [tuple(_parse("--cfg", float, w) for w in pair.split(":")) for pair in args.cfg.split(",")]
     if any(len(pair) != 2 for pair in guidance):
         raise UserError(f"--cfg={args.cfg} is not of the form w_t:w_s,w_t:w_s,...")
+    if set(orders) - {"random", "motion"} or min(seeds) < 0:
+        raise UserError(f"--orders={args.orders} takes random and motion, --seeds={args.seeds} numbers from 0 on")
     args.steps = args.seed = None
     runs, out = [Run(args, ckpt, args.protocol or _protocol_of(ckpt)) for ckpt in args.ckpt], sample.make_folder(args.out)
     detectors, rows = open_detectors(args, runs[0].device), []
     cells = [(run, *cell) for run in runs for cell in itertools.product(guidance, orders, steps) if run.cfg.model.canvas or cell[1] != "motion"]
+    kinds_of_data = {(run.name, run.cfg.data.path, run.cfg.data.size, run.cfg.data.stride, run.cfg.sample.context, run.cfg.sample.frames) for run in runs}
+    if len(kinds_of_data) > 1:
+        raise UserError(f"these runs cannot share a table; they differ in protocol, data, size, stride, context or frames: {sorted(kinds_of_data)}")
+    if not cells:
+        raise UserError("nothing to do: order=motion needs a canvas, and these runs have none")
     plans = [_changed(run, steps=s, cfg_temporal=g[0], cfg_canvas=g[1], order=order) for run, g, order, s in cells]  # all are checked first
     described = {"seeds": seeds, "detectors": {d.name: d.label for d in detectors}, "runs": {str(run.ckpt): run.describe() for run in runs}}
     for number, ((run, g, order, s), opts) in enumerate(zip(cells, plans)):
         print(f"{number + 1} of {len(cells)}: {run.ckpt} steps={s} cfg={g[0]:g}:{g[1]:g} order={order}", file=sys.stderr)
         kinds = {f"seed {seed}": run.samples(seed, opts) for seed in seeds}
-        floors = {"floor": run.other_real, "reconstruction": run.reconstruction} if run not in [cell[0] for cell in cells[:number]] else {}
-        scores = summarise(run, detectors, collect(run, kinds | floors, detectors), list(kinds), pooled=False)
+        first = run not in [cell[0] for cell in cells[:number]]
+        got = collect(run, kinds | ({"reconstruction": run.reconstruction} if first else {}), detectors, floor=first)
+        scores = summarise(detectors, got, list(kinds), pooled=False, slow=False)
         rows.append({"checkpoint": str(run.ckpt), "steps": s, "cfg": list(g), "order": order, "scores": scores})
         write_json(described | {"rows": rows}, out / "sweep.json")
     table = sweep_table(rows, detectors)
@@ -231,63 +252,91 @@ def draw_sweep(rows, detectors, path):
 
 
 def run_files(args):
-    """REAL GENERATED: score two sets of clips, in .npz files or folders of videos."""
+    """REAL GENERATED: score two sets of clips, in .npz files or folders of videos, a batch in memory at a time."""
+    if args.out:
+        sample.make_folder(Path(args.out).parent)
     device = sample.pick_device(args.device)
     detectors = open_detectors(args, device)
-    real, fake = (read_clips(path, key, args) for path, key in ((args.real, "truth"), (args.generated, "samples")))
-    if real.shape[1:] != fake.shape[1:]:
-        raise UserError(f"{args.real} holds clips of {real.shape[1:]} (T, H, W, 3) and {args.generated} of {fake.shape[1:]}; they must agree")
-    print(f"{len(real)} real and {len(fake)} generated clips of {real.shape[1]} frames at {real.shape[3]}x{real.shape[2]}; covariances over n - 1")
-    scores = {"real": args.real, "generated": args.generated, "clips": [len(real), len(fake)], "shape": list(real.shape[1:])}
-    for detector in detectors:
-        a, b = (metrics.detect_features(detector, video, args.batch) for video in (real, fake))
-        scores[detector.name] = {"is": detector.label, "sha256": detector.sha256} | metrics.set_scores(a, b, detector.standardise)
-        if len(real) >= 4:
-            halves = torch.randperm(len(a), generator=torch.Generator().manual_seed(0)).chunk(2)
-            scores[detector.name]["floor"] = metrics.set_scores(a[halves[0]], a[halves[1]], detector.standardise)
+    clips = {"real": open_clips(args.real, "truth", args), "generated": open_clips(args.generated, "samples", args)}
+    shapes, counts = ({of: shape[1:] for of, (shape, *_) in clips.items()}, [shape[0] for shape, *_ in clips.values()])
+    if shapes["real"] != shapes["generated"]:
+        raise UserError(f"{args.real} holds clips of {shapes['real']} (T, H, W, 3) and {args.generated} of {shapes['generated']}; they must agree")
+    frames, height, width, _ = shapes["real"]
+    names = [names for _, names, _ in clips.values()]
+    if args.paired and (counts[0] != counts[1] or names[0] != names[1] or not 0 <= args.context < frames):
+        raise UserError(f"--paired needs the same clips in both ({counts[0]} and {counts[1]} here; in folders, the same names) and --context={args.context} below {frames}")
+    print(f"{counts[0]} real and {counts[1]} generated clips of {frames} frames at {width}x{height}; covariances over n - 1")
+    features, pairs = {of: {d.name: [] for d in detectors} for of in clips}, []
+    for of, (_, _, batches) in clips.items():
+        for video in batches():
+            for d in detectors:
+                features[of][d.name].append(metrics.detect_features(d, video, args.batch))
     if args.paired:
-        if len(real) != len(fake) or not 0 <= args.context < real.shape[1]:
-            raise UserError(f"--paired needs as many clips in both ({len(real)}, {len(fake)}) and --context={args.context} below {real.shape[1]}")
-        scores |= {k: float(v.mean()) for k, v in metrics.frame_scores(real[:, args.context :], fake[:, args.context :]).items()}
-    for detector in detectors:
-        s = scores[detector.name]
-        print(f"{'FVD' if detector.name == 'i3d' else 'Fréchet, ' + s['is']}: {s['frechet']:.2f} (detector sha256 {s['sha256'][:16]})")
-        if "kvd" in s:
-            print(f"  KVD {s['kvd']:.4f} +- {s['kvd_std']:.4f}, precision {s['precision']:.3f}, recall {s['recall']:.3f}")
-        if "floor" in s:
-            print(f"  noise floor, two halves of the real clips ({len(real) // 2} each, so higher than for all): {s['floor']['frechet']:.2f}")
-    for name in metrics.BEST:
-        if name in scores:
-            print(f"{name.upper()} ({'lower' if metrics.BEST[name] is min else 'higher'} is better): {scores[name]:.3f}")
+        pairs = [metrics.frame_scores(a[:, args.context :], b[:, args.context :], device) for a, b in zip(*(batches() for _, _, batches in clips.values()))]
+    scores = {"real": args.real, "generated": args.generated, "clips": counts, "shape": list(shapes["real"])}
+    for d in detectors:
+        a, b = (torch.cat(features[of][d.name]) for of in clips)
+        scores[d.name] = {"is": d.label, "file": str(d.path), "sha256": d.sha256} | metrics.set_scores(a, b, d.standardise)
+        if len(a) >= 4:
+            halves = torch.randperm(len(a), generator=torch.Generator().manual_seed(0)).chunk(2)
+            scores[d.name]["floor"] = metrics.set_scores(a[halves[0]], a[halves[1]], d.standardise)
+    scores |= {name: float(np.concatenate([part[name] for part in pairs]).mean()) for name in (pairs[0] if pairs else ())}
+    report_files(scores, detectors)
     if args.out:
         write_json(scores, args.out)
 
 
-def read_clips(path: str, key: str, args) -> np.ndarray:
-    """uint8 (clips, T, H, W, 3) of an .npz (its only array of that shape, else the one named `key`), or of every video of a
-    folder: its first --frames frames at --size pixels. Raises UserError."""
-    if Path(path).is_dir():
-        print(f"warning: {path} holds compressed videos, whose artefacts count; arrays (.npz) are better", file=sys.stderr)
-        videos, need = [], (args.frames - 1) * args.stride + 1
-        for name, times in tqdm(read_index(Path(path)).items(), f"reading {path}", unit="video"):
+def report_files(scores, detectors):
+    """The figures of `run_files` in words."""
+    for detector in detectors:
+        s = scores[detector.name]
+        print(f"{'FVD' if detector.name == 'i3d' else 'Fréchet, ' + s['is']}: {s['frechet']:.2f} (detector sha256 {s['sha256']})")
+        if "kvd" in s:
+            print(f"  KVD {s['kvd']:.4f} +- {s['kvd_std']:.4f}, precision {s['precision']:.3f}, recall {s['recall']:.3f}")
+        if "floor" in s:
+            print(f"  noise floor, two halves of the real clips ({scores['clips'][0] // 2} each, so higher than for all): {s['floor']['frechet']:.2f}")
+    for name in metrics.BEST:
+        if name in scores:
+            print(f"{name.upper()} ({'lower' if metrics.BEST[name] is min else 'higher'} is better): {scores[name]:.3f}")
+
+
+def open_clips(path: str, key: str, args):
+    """(shape (clips, T, H, W, 3), names, function that gives the clips in batches) of an .npz (its only uint8 array of that
+    kind, else the one named `key`), or of every video of a folder: its first --frames frames at --size pixels. Raises UserError."""
+    if not Path(path).is_dir():
+        video = _load_npz(path, key)
+        return video.shape, [str(i) for i in range(len(video))], lambda: (video[i : i + args.batch] for i in range(0, len(video), args.batch))
+    warn(f"{path} holds compressed videos, whose artefacts count; arrays (.npz) are better")
+    need, index = (args.frames - 1) * args.stride + 1, read_index(Path(path))
+    names = [name for name, times in index.items() if len(times) >= need]
+    if len(names) < len(index):
+        warn(f"{len(index) - len(names)} of {len(index)} videos of {path} have fewer than {need} frames and are left out")
+    if not names:
+        raise UserError(f"{path} holds no video of at least {need} frames")
+
+    def batches():
+        for begin in tqdm(range(0, len(names), args.batch), f"reading {path}", unit="batch"):
             try:
-                videos += [read_frames(Path(path) / name, times, range(0, need, args.stride), args.size)] if len(times) >= need else []
+                part = names[begin : begin + args.batch]
+                yield np.stack([read_frames(Path(path) / name, index[name], range(0, need, args.stride), args.size) for name in part])
             except Unreadable as error:
-                print(f"warning: {Path(path) / name}: {error}; left out", file=sys.stderr)
-        if not videos:
-            raise UserError(f"{path} holds no video of at least {need} frames")
-        return np.stack(videos)
+                raise UserError(f"{path}: {error}, in one of {', '.join(part[:3])} ...; remove or repair it") from None
+
+    return (len(names), args.frames, args.size, args.size, 3), [os.path.splitext(name)[0] for name in names], batches
+
+
+def _load_npz(path, key) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as stored:
-            shapes = {name: stored[name].shape for name in stored.files}
-            fit = [name for name in stored.files if stored[name].dtype == np.uint8 and stored[name].ndim == 5 and stored[name].shape[-1] == 3]
-            if not fit or (len(fit) > 1 and key not in fit):
-                raise UserError(f"{path} holds no uint8 array (clips, T, H, W, 3) to take as '{key}', only {shapes}")
-            return stored[key if key in fit else fit[0]]
+            arrays = {name: stored[name] for name in stored.files}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, TypeError, AttributeError, EOFError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is not an .npz of plain arrays: {error}") from None
+    fit = [name for name, array in arrays.items() if array.dtype == np.uint8 and array.ndim == 5 and array.shape[-1] == 3 and array.size]
+    if not fit or (len(fit) > 1 and key not in fit):
+        raise UserError(f"{path} holds no uint8 array (clips, T, H, W, 3) to take as '{key}', only { {name: array.shape for name, array in arrays.items()} }")
+    return arrays[key if key in fit else fit[0]]
 
 
 # ------------------------------------------------------------------------------------------------------------------ CLI
@@ -304,7 +353,7 @@ def _parser(description, **kwargs):
 def main():
     """The command line. Raises UserError."""
     words, about = sys.argv[1:], __doc__.split("\n\n")[0]
-    command = words[0] if words and words[0] in ("sweep", "sanity") else "protocol" if "--ckpt" in words else "files"
+    command = words[0] if words and words[0] in ("sweep", "sanity") else "protocol" if any(w.split("=")[0] == "--ckpt" for w in words) else "files"
     parser = _parser(f"{about} ({command})")
     if command == "files":
         parser.add_argument("real"), parser.add_argument("generated")
@@ -317,7 +366,7 @@ def main():
         if min(args.frames, args.size, args.stride, args.batch) < 1:
             raise UserError("--frames, --size, --stride and --batch must be at least 1")
         return run_files(args)
-    parser.add_argument("--ckpt", required=True, nargs="+", help="a run folder, or one of its .pt files")
+    parser.add_argument("--ckpt", required=True, nargs="+" if command == "sweep" else None, help="a run folder, or one of its .pt files")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), required=command == "protocol")
     parser.add_argument("--clips", type=int, help="test clips (default: the protocol's)")
     if command == "sweep":
@@ -325,8 +374,9 @@ def main():
         parser.add_argument("--cfg", default="1:1", help="w_t:w_s,..."), parser.add_argument("--orders", default="random")
         parser.add_argument("--out", default="runs/sweep", help="folder for the table and the plot")
     else:
-        parser.add_argument("--trajectories", type=int, help="samples of each clip (default: the protocol's)")
         sample.add_options(parser, skip=("clips",))
+    if command == "protocol":
+        parser.add_argument("--trajectories", type=int, help="samples of each clip (default: the protocol's)")
     args = parser.parse_args(words[command in ("sweep", "sanity") :])
     {"protocol": run_protocol, "sanity": run_sanity, "sweep": run_sweep}[command](args)
 

@@ -83,6 +83,8 @@ class I3D(nn.Module):
         x = _channels_first(video)
         try:
             features = self.net(x, rescale=True, resize=True, return_features=True)
+        except torch.OutOfMemoryError:
+            raise UserError(f"not enough memory for I3D on {len(x)} clips of shape {tuple(x.shape[1:])}; a smaller --batch helps") from None
         except (RuntimeError, torch.jit.Error) as error:
             raise UserError(f"{self.path} does not work as I3D on clips of shape {tuple(x.shape[1:])} (it needs about 10 frames): "
                             f"{str(error).strip().splitlines()[-1]}") from None  # fmt: skip
@@ -134,7 +136,7 @@ def set_scores(real, fake, standardise=False, slow=True) -> dict[str, float]:
 
         subset = min(1000, len(real) // 2, len(fake) // 2)
         kid = kid_features_to_metric(fake, real, kid_subset_size=subset, kid_subsets=100, verbose=False)
-        prc = prc_features_to_metric(fake.float(), real.float(), save_cpu_ram=len(real) > 10_000, verbose=False)
+        prc = prc_features_to_metric(fake.float(), real.float(), save_cpu_ram=max(len(real), len(fake)) > 5_000, verbose=False)
         scores |= {"kvd": kid["kernel_inception_distance_mean"], "kvd_std": kid["kernel_inception_distance_std"]}
         scores |= {"precision": prc["precision"], "recall": prc["recall"]}
     return scores
@@ -208,21 +210,27 @@ def ssim(a, b) -> torch.Tensor:
     Gaussian window of 11 pixels and sigma 1.5, without padding; per channel, then the mean: what scikit-image gives with
     gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1.
     """
-    a, b = (torch.as_tensor(x).double().movedim(-1, -3).flatten(0, 1)[:, None] for x in (a, b))  # (n*3, 1, H, W)
+    a, b = (torch.as_tensor(x).double().movedim(-1, -3) for x in (a, b))  # (n, 3, H, W)
     if min(a.shape[-2:]) < 11:
         raise UserError(f"SSIM needs images of at least 11x11 pixels, not {a.shape[-2]}x{a.shape[-1]}")
-    window = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
-    window /= window.sum()
-    smooth = lambda x: F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+    down, across = (_windows(side).to(a.device) for side in a.shape[-2:])
+    smooth = lambda x: down @ x @ across.T  # (n, 3, H - 10, W - 10)
     mean_a, mean_b = smooth(a), smooth(b)
     var_a, var_b, cov = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2, smooth(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     value = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return value.mean((1, 2, 3)).unflatten(0, (-1, 3)).mean(1)
+    return value.mean((1, 2, 3))
+
+
+def _windows(side: int) -> torch.Tensor:
+    """(side - 10, side): a row of Gaussian weights for each place of the window."""
+    offset = torch.arange(side)[None, :] - torch.arange(side - 10)[:, None] - 5
+    weights = torch.where(offset.abs() <= 5, torch.exp(-(offset.double() ** 2) / (2 * 1.5**2)), 0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 @functools.lru_cache(maxsize=None)
-def lpips():
+def lpips(device="cpu"):
     """torch-fidelity's LPIPS (VGG-16) as a function of uint8 images (n, H, W, 3), (n, H, W, 3) -> (n,), lower is better; None
     where its weights are not in torch's hub folder: nothing is downloaded."""
     if not torch_fidelity():
@@ -233,15 +241,17 @@ def lpips():
     files = [os.path.basename(url) for url in (URL_VGG16_LPIPS, VGG16_Weights.IMAGENET1K_V1.url)]
     if not all(os.path.exists(os.path.join(torch.hub.get_dir(), "checkpoints", file)) for file in files):
         return None
-    net, images = SampleSimilarityLPIPS("lpips-vgg16"), lambda x: torch.as_tensor(x).movedim(-1, -3)
+    net, images = SampleSimilarityLPIPS("lpips-vgg16").to(device), lambda x: torch.as_tensor(x).movedim(-1, -3)
     return torch.no_grad()(lambda a, b: net(images(a), images(b)))
 
 
 BEST = {"psnr": max, "ssim": max, "lpips": min}  # which of several samples of a clip is the best one
 
 
-def frame_scores(real, fake) -> dict[str, np.ndarray]:
-    """{score: (clips,)}, means over the frames of uint8 (clips, T, H, W, 3), of each score whose weights are there."""
+def frame_scores(real, fake, device="cpu", chunk=256) -> dict[str, np.ndarray]:
+    """{score: (clips,)}, means over the frames of uint8 (clips, T, H, W, 3), of each score whose weights are there; `chunk`
+    images at a time."""
     a, b = (torch.as_tensor(video).flatten(0, 1) for video in (real, fake))
-    scores = {"psnr": psnr(a, b)} | ({"ssim": ssim(a, b)} if min(a.shape[1:3]) >= 11 else {}) | ({"lpips": lpips()(a, b)} if lpips() else {})
-    return {name: value.unflatten(0, (len(real), -1)).mean(1).numpy() for name, value in scores.items()}
+    kinds = {"psnr": psnr} | ({"ssim": ssim} if min(a.shape[1:3]) >= 11 else {}) | ({"lpips": lpips(device)} if lpips(device) else {})
+    parts = [[of(x.to(device), y.to(device)).cpu() for x, y in zip(a.split(chunk), b.split(chunk))] for of in kinds.values()]
+    return {name: torch.cat(part).unflatten(0, (len(real), -1)).mean(1).numpy() for name, part in zip(kinds, parts)}

@@ -2,7 +2,7 @@
 
     run = Run(args, "runs/bair", "bair")                                   # args: the options of fvd.py
     got = collect(run, {"seed 0": run.samples(0)}, [metrics.Offline()])     # a batch of clips in memory at a time
-    summarise(run, [metrics.Offline()], got, ["seed 0"], pooled=False)
+    summarise([metrics.Offline()], got, ["seed 0"], pooled=False)
 
 FVDs in the literature differ in horizon, start frame, pooling, codec and detector; `Run.describe` says all of it.
 """
@@ -42,7 +42,7 @@ class Protocol:
 
 PROTOCOLS = {
     "pushing": Protocol("pushing", trajectories=2, pooled=False),
-    "own": Protocol("folder", start=None),
+    "own": Protocol("folder"),
     # 1 + 15, 256 test trajectories, 100 samples each as one set: Unterthiner et al. 2018; MAGVIT (Yu et al. 2023)
     "bair": Protocol("bair", 64, 1, 16, 256, 100, start=0),
     # 2 + 28, mean of the scores of 100 trajectories: FAR (Gu et al. 2025)
@@ -54,17 +54,25 @@ PROTOCOLS = {
 }
 
 
+@dataclass
 class Listed(torch.utils.data.Dataset):
-    """The clips of a source with the given indices, in order."""
+    """Item i is test clip indices[i], that index, and training clip others[i] (nothing if there are no others)."""
 
-    def __init__(self, source, indices, start):
-        self.source, self.indices, self.start = source, indices, start
+    test: object
+    indices: list[int]
+    train: object
+    others: list[int]
+    start: int | None
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, i):
-        return self.source.clip(self.indices[i], self.start), self.indices[i]
+        other = self.train.clip(self.others[i], self.start) if self.others else torch.zeros(0)
+        return self.test.clip(self.indices[i], self.start), self.indices[i], other
+
+
+TEST_SEED = 0  # the test clips of runs with different seeds are the same
 
 
 class Run:
@@ -87,10 +95,10 @@ class Run:
             if getattr(args, key, None) is not None and getattr(args, key) < 1:
                 raise UserError(f"--{key}={getattr(args, key)} must be at least 1")
         index = sample.run_folder(ckpt) / "index.json"
-        self.test, self.train = (data.open_source(cfg.data, cfg.seed, split, opts.frames, index) for split in ("test", "train"))
-        clips = min(args.clips or p.clips, len(self.test))
+        self.test, self.train = (data.open_source(cfg.data, TEST_SEED, split, opts.frames, index) for split in ("test", "train"))
         self.start, self.batch = p.start, args.batch
-        self.indices = np.linspace(0, len(self.test) - 1, clips).round().astype(int).tolist()
+        self.indices = data.spread(self.test, min(args.clips or p.clips, len(self.test)))
+        self.others = data.spread(self.train, len(self.indices))
 
     def samples(self, seed, opts=None):
         """A kind of video (see `collect`): the test clips continued; (seed, index) decides each."""
@@ -106,10 +114,6 @@ class Run:
         """A kind of video: through the tokenizer and back."""
         with torch.no_grad(), sample.autocast(self.device, self.cfg.train.precision):
             return self.tokenizer.decode(self.tokenizer.encode(real.to(self.device)))
-
-    def other_real(self, _, indices):
-        """A kind of video: as many clips of the training split. What they score is the noise floor."""
-        return torch.stack([self.train.clip(index, self.start) for index in indices])
 
     def describe(self) -> dict:
         """Everything that a figure depends on and that is not a figure."""
@@ -136,36 +140,38 @@ class Collected:
     losses: dict  # held-out losses of the model
 
 
-def collect(run: Run, kinds: dict, detectors: list) -> Collected:
+def collect(run: Run, kinds: dict, detectors: list, floor=False) -> Collected:
     """Make every kind of video of the test clips, a batch at a time, and keep what the scores need.
 
-    kinds: {name: function(real (B, T, 3, H, W) in [-1, 1], indices) -> video like real}; "real" is always there.
+    kinds: {name: function(real (B, T, 3, H, W) in [-1, 1], indices) -> video like real}. The kind "real" is always there;
+    with `floor`, so is "floor": as many clips of the training split, whose set scores are the noise floor.
     """
-    opts, kinds = run.cfg.sample, {"real": lambda real, _: real} | kinds
-    kept, losses = [defaultdict(lambda: defaultdict(list)) for _ in range(3)], []
-    batches = torch.utils.data.DataLoader(Listed(run.test, run.indices, run.start), run.batch, num_workers=run.cfg.data.workers)
-    with tqdm(total=len(run.indices) * len(kinds), desc="scoring", unit="clip") as bar:
-        for real, indices in batches:
+    context, losses = run.cfg.sample.context, []
+    features, frames, objects = (defaultdict(lambda: defaultdict(list)) for _ in range(3))
+    listed = Listed(run.test, run.indices, run.train, run.others if floor else [], run.start)
+    with tqdm(total=len(listed) * (len(kinds) + 1 + floor), desc="scoring", unit="clip") as bar:
+        for real, indices, other in torch.utils.data.DataLoader(listed, run.batch, num_workers=run.cfg.data.workers):
             truth, indices = to_uint8(real), indices.tolist()
-            for kind, make in kinds.items():
+            given = {"real": lambda *_: real} | ({"floor": lambda *_: other} if floor else {})
+            for kind, make in (given | kinds).items():
                 video = to_uint8(make(real, indices))
                 for detector in detectors:
-                    kept[0][detector.name][kind].append(metrics.detect_features(detector, video, run.batch))
-                if kind != "real":
-                    for name, value in metrics.frame_scores(truth[:, opts.context :], video[:, opts.context :]).items():
-                        kept[1][name][kind].append(value)
+                    features[detector.name][kind].append(metrics.detect_features(detector, video, run.batch))
+                if kind in kinds:
+                    for name, value in metrics.frame_scores(truth[:, context:], video[:, context:], run.device).items():
+                        frames[name][kind].append(value)
                 if run.name == "pushing" and kind != "floor":
                     for clip, index in zip(video, indices):
-                        for name, value in object_measures(clip, run.test.state(index), opts.context).items():
-                            kept[2][kind][name].append(value[None])
+                        for name, value in object_measures(clip, run.test.state(index), context).items():
+                            objects[kind][name].append(value[None])
                 bar.update(len(real))
-            if sum(weight for weight, _ in losses) < 256:
+            if len(losses) * run.batch < 256:
                 losses.append((len(real), held_out_losses(run, real)))
     total = sum(weight for weight, _ in losses)
     losses = {name: sum(weight * part[name] for weight, part in losses) / total for name in losses[0][1]}
-    joined = [{a: {b: np.concatenate(v) for b, v in inner.items()} for a, inner in part.items()} for part in kept]
-    features = {name: {kind: torch.from_numpy(value) for kind, value in inner.items()} for name, inner in joined[0].items()}
-    return Collected(features, joined[1], joined[2], losses)
+    features = {name: {kind: torch.cat(parts) for kind, parts in of.items()} for name, of in features.items()}
+    frames, objects = ({a: {b: np.concatenate(parts) for b, parts in of.items()} for a, of in kept.items()} for kept in (frames, objects))
+    return Collected(features, frames, objects, losses)
 
 
 def held_out_losses(run, real):
@@ -173,14 +179,15 @@ def held_out_losses(run, real):
         return validate(run.model, run.tokenizer.encode(real[:, : run.cfg.data.frames].to(run.device)), run.cfg.seed)
 
 
-def summarise(run, detectors, got: Collected, trajectories: list[str], pooled: bool) -> dict:
+def summarise(detectors, got: Collected, trajectories: list[str], pooled: bool, slow=True) -> dict:
     """The figures of several samples (kinds named in `trajectories`) of every clip, with floor and reconstruction where
-    those were collected. `mean` and `std` of a set score are over trajectories, `pooled` takes them as one set."""
+    those were collected. `mean` and `std` of a set score are over trajectories, `pooled` takes them as one set; `slow`: as in
+    `metrics.set_scores`."""
     headline = "all samples as one set" if pooled and len(trajectories) > 1 else "mean over samples"
     result = {"trajectories": len(trajectories), "set_scores_are": headline, "detectors": {}, "losses": got.losses}
     for detector in detectors:
         f = got.features[detector.name]
-        score = lambda fake: metrics.set_scores(f["real"], fake, detector.standardise)
+        score = lambda fake: metrics.set_scores(f["real"], fake, detector.standardise, slow)
         each = [score(f[kind]) for kind in trajectories]
         of = {"each": each, "mean": _mean(each), "std": _mean(each, np.std)}
         if pooled and len(trajectories) > 1:
@@ -191,7 +198,7 @@ def summarise(run, detectors, got: Collected, trajectories: list[str], pooled: b
         values = np.stack([kinds[kind] for kind in trajectories])  # (trajectories, clips)
         best = values.min(0) if metrics.BEST[name] is min else values.max(0)
         result[name] = {"mean": float(values.mean()), f"best_of_{len(values)}": float(best.mean()), "each": values.mean(1).tolist()}
-        result[name] |= {kind: float(kinds[kind].mean()) for kind in ("floor", "reconstruction") if kind in kinds}
+        result[name] |= {"reconstruction": float(kinds["reconstruction"].mean())} if "reconstruction" in kinds else {}
     if got.objects:
         kinds = [*trajectories, *(kind for kind in ("reconstruction",) if kind in got.objects)]
         speed = np.nanmean(got.objects["real"]["speed"])

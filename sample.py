@@ -165,7 +165,7 @@ def load_run(path, device) -> tuple[config.Config, CanvasMAR, vae.Tokenizer]:
     beside = file.parent / "config.yaml"
     if beside.exists():  # where the videos are now, and what to sample, may have been edited since
         now = config.load(beside)
-        cfg = replace(cfg, data=replace(cfg.data, path=now.data.path), sample=now.sample)
+        cfg = replace(cfg, data=replace(cfg.data, path=now.data.path, test_list=now.data.test_list), sample=now.sample)
         config.check(cfg)
     tokenizer = vae.load(file.parent / "tokenizer.pt", device)
     if tokenizer.fingerprint() != stored["tokenizer"]:
@@ -320,7 +320,7 @@ def main():
         videos = context.expand(opts.clips, -1, -1, -1, -1)
     else:
         source = data.open_source(cfg.data, cfg.seed, "test", opts.frames, run_folder(args.ckpt) / "index.json")
-        videos = torch.stack([source.clip(i) for i in range(opts.clips)])
+        videos = torch.stack([source.clip(i) for i in data.spread(source, opts.clips)])
     out = make_folder(args.out or run_folder(args.ckpt) / "samples")
     write_samples(out, cfg, model, tokenizer, videos, not args.video, seed, args.batch, device)
     print(f"wrote samples.npz, samples.mp4, grid.png and steps.png to {out}")

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable
 
@@ -46,11 +47,11 @@ def main():
     try:
         cfg = open_run(cfg, machine)
         source, test = open_data(cfg, machine)
-        held_out = torch.stack([test.clip(i) for i in range(HELD_OUT)])
+        held_out = torch.stack([test.clip(i) for i in data.spread(test, HELD_OUT)])
         tokenizer = train_tokenizer(cfg, machine, source, held_out)
         model = train_model(cfg, machine, source, held_out, tokenizer)
         if machine.rank == 0:
-            clips = torch.stack([test.clip(i)[: cfg.sample.frames] for i in range(cfg.sample.clips)])
+            clips = torch.stack([test.clip(i)[: cfg.sample.frames] for i in data.spread(test, cfg.sample.clips)])
             out = Path(cfg.run) / "samples"
             sample.write_samples(out, cfg, model, tokenizer, clips, True, cfg.seed, 64, machine.device)
             print(f"done: samples and pictures are in {out}, curves in {Path(cfg.run) / 'curves.png'}")
@@ -61,13 +62,15 @@ def main():
 
 
 def open_data(cfg: Config, machine):
-    """The train and test sources. Rank 0 goes first, so that only it makes the index of a folder of videos."""
+    """The train and test sources. Rank 0 goes first, so that only it makes the index of a folder of videos; the others wait
+    for as long as reading a large tree may take."""
+    turn = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if machine.ranks > 1 else None
     if machine.rank > 0:
-        barrier()
+        dist.barrier(turn)
     frames, cache = {"train": cfg.data.frames, "test": max(cfg.data.frames, cfg.sample.frames)}, Path(cfg.run) / "index.json"
     sources = [data.open_source(cfg.data, cfg.seed, split, frames[split], cache) for split in data.SPLITS]
-    if machine.rank == 0:
-        barrier()
+    if machine.ranks > 1 and machine.rank == 0:
+        dist.barrier(turn)
     return sources
 
 

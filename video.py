@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import UserError
+from config import UserError, require
 
 NAMED = 20  # warnings that name a file, a run; the index file names all
 VIDEO_FILES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv",
@@ -53,31 +53,39 @@ def read_index(root: Path, cache=None) -> dict:
     reason. Raises UserError for a folder that is none or holds nothing usable.
     """
     if not root.is_dir():
-        raise UserError(f"data.path={root} is not a folder")
+        raise UserError(f"{root} is not a folder")
     stamps, old = find_videos(root), _stored(cache, root)
     index = {name: old[name] for name, stamp in stamps.items() if name in old and old[name].get("stamp") == stamp}
     new = [name for name in stamps if name not in index]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     batches = torch.utils.data.DataLoader(_Probes(root, new), 32, num_workers=cores if len(new) > 500 else 0, collate_fn=list)
     with tqdm(desc="indexing", total=len(new), unit="video", disable=len(new) < 100) as bar:
-        for name, entry in (pair for batch in batches for pair in batch):
+        for number, (name, entry) in enumerate(pair for batch in batches for pair in batch):
             index[name] = {"stamp": stamps[name]} | entry
             bar.update()
+            if number % 20_000 == 19_999:  # a large tree takes long; what has been found is kept
+                _keep(index, root, cache)
     for name in [name for name in new if "skip" in index[name]][:NAMED]:
         warn(f"{root / name} is left out: {index[name]['skip']}")
-    if cache and (new or len(old) != len(index)):
-        temporary = f"{cache}.{os.getpid()}.tmp"
-        try:
-            Path(temporary).write_text(json.dumps({"root": os.fspath(root.resolve()), "videos": index}), encoding="utf-8")
-            os.replace(temporary, cache)
-        except OSError as error:
-            warn(f"the index cannot be kept in {cache}: {error.strerror}")
+    if new or len(old) != len(index):
+        _keep(index, root, cache)
     usable = {name: _times(entry) for name, entry in sorted(index.items()) if "skip" not in entry}
     if len(usable) < len(index):
         warn(f"{len(index) - len(usable)} of {len(index)} files in {root} cannot be read as video and are left out")
     if not usable:
-        raise UserError(f"data.path={root} holds no usable video ({len(index)} files looked at)")
+        raise UserError(f"{root} holds no usable video ({len(index)} files looked at)")
     return usable
+
+
+def _keep(index, root: Path, cache):
+    if not cache:
+        return
+    temporary = f"{cache}.{os.getpid()}.tmp"
+    try:
+        Path(temporary).write_text(json.dumps({"root": os.fspath(root.resolve()), "videos": index}), encoding="utf-8")
+        os.replace(temporary, cache)
+    except OSError as error:
+        warn(f"the index cannot be kept in {cache}: {error.strerror}")
 
 
 def _stored(cache, root: Path) -> dict:
@@ -137,7 +145,7 @@ def probe(path: Path) -> dict:
 
     The packets are counted, without decoding them: headers are often wrong, and a truncated file has fewer.
     """
-    import av
+    av = require("av", "av")
 
     if path.is_dir():
         return {"range": [0, len(_images(path)), 1]}
@@ -166,7 +174,7 @@ def probe(path: Path) -> dict:
 
 def _in_order(path: Path) -> bool:
     """Whether the first frames come out with rising times: AVI keeps none, and what FFmpeg makes up can be wrong."""
-    import av
+    av = require("av", "av")
 
     times = []
     with contextlib.suppress(av.FFmpegError), av.open(os.fspath(path.resolve())) as container:  # of a damaged one, the beginning
@@ -180,7 +188,7 @@ def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
 
     The short side is scaled to `size` and the centre cut out. Raises Unreadable.
     """
-    import av
+    av = require("av", "av")
 
     numbered, taken = isinstance(times, Untimed), []
     try:
@@ -210,7 +218,7 @@ def _decode(path, size, needed, earlier=None, numbered=False) -> list[np.ndarray
     earlier: begin at the key frame before the first of them, looked for that many seconds earlier; None: begin at the start.
     On one thread: more would decode ahead of the last one, and the data processes are parallel already.
     """
-    import av
+    av = require("av", "av")
 
     remaining, taken, number = set(needed), {}, 0
     with open(path, "rb") if path.suffix.lower() in IMAGE_FILES else contextlib.nullcontext(os.fspath(path.resolve())) as file:
@@ -237,7 +245,7 @@ def _decode(path, size, needed, earlier=None, numbered=False) -> list[np.ndarray
 
 def _frames(packet, context) -> tuple[list, bool]:
     """The frames that a packet completes, and whether it is damaged: then those before it, as those after it may lack it."""
-    import av
+    av = require("av", "av")
 
     try:
         return packet.decode(), False
@@ -277,9 +285,9 @@ def read_ending(path, size: int, frames: int, stride: int) -> torch.Tensor:
         raise UserError(f"{path}: {error}") from None
 
 
-def warn(text):
-    """A line on stderr, of the first of several processes only."""
-    if os.environ.get("RANK", "0") == "0":
+def warn(text, everywhere=False):
+    """A line on stderr; what all processes find, the first of them says."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
         print("warning: " + " ".join(text.split()), file=sys.stderr)
 
 
