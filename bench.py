@@ -75,8 +75,8 @@ def time_readers(path: Path, frames: int, size: int, repeats: int) -> dict:
     begin = time.perf_counter()
     entry = video.probe(path)
     index_ms = 1e3 * (time.perf_counter() - begin)
-    times = video._times(entry) if "skip" not in entry else ()
-    if len(times) < frames or path.is_dir() or len(video._decode(path, size, range(len(times)), numbered=True)) < len(times):
+    times = video.frame_times(entry) if "skip" not in entry else ()
+    if len(times) < frames or path.is_dir() or len(video.decode(path, size, range(len(times)), numbered=True)) < len(times):
         return {}
     rng, seconds = np.random.default_rng(0), {"seek": [], "whole": [], "decode": []}
     for _ in range(repeats):
@@ -87,7 +87,7 @@ def time_readers(path: Path, frames: int, size: int, repeats: int) -> dict:
             if way == "seek":
                 got[way] = video.read_frames(path, times, wanted, size)
             else:
-                got[way] = np.stack(video._decode(path, size, list(dict.fromkeys(numbers)), numbered=True))
+                got[way] = np.stack(video.decode(path, size, list(dict.fromkeys(numbers)), numbered=True))
             seconds[way].append(time.perf_counter() - begin)
         assert np.array_equal(got["seek"], got["whole"][start : start + frames]) and np.array_equal(got["seek"], got["decode"][:frames])
     middle = {way: statistics.median(values) for way, values in seconds.items()}

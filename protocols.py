@@ -189,7 +189,7 @@ def summarise(detectors, got: Collected, trajectories: list[str], pooled: bool, 
         f = got.features[detector.name]
         score = lambda fake: metrics.set_scores(f["real"], fake, detector.standardise, slow)
         each = [score(f[kind]) for kind in trajectories]
-        of = {"each": each, "mean": _mean(each), "std": _mean(each, np.std)}
+        of = {"each": each, "mean": _over(np.mean, each), "std": _over(lambda v: np.std(v, ddof=min(1, len(v) - 1)), each)}
         if pooled and len(trajectories) > 1:
             of["pooled"] = score(torch.cat([f[kind] for kind in trajectories]))
         of |= {kind: score(f[kind]) for kind in ("floor", "reconstruction") if kind in f}
@@ -210,5 +210,5 @@ def summarise(detectors, got: Collected, trajectories: list[str], pooled: bool, 
     return result
 
 
-def _mean(scores: list[dict], of=np.mean):
+def _over(of, scores: list[dict]) -> dict:
     return {name: float(of([s[name] for s in scores])) for name in scores[0]}

@@ -69,7 +69,7 @@ def read_index(root: Path, cache=None) -> dict:
         warn(f"{root / name} is left out: {index[name]['skip']}")
     if new or len(old) != len(index):
         _keep(index, root, cache)
-    usable = {name: _times(entry) for name, entry in sorted(index.items()) if "skip" not in entry}
+    usable = {name: frame_times(entry) for name, entry in sorted(index.items()) if "skip" not in entry}
     if len(usable) < len(index):
         warn(f"{len(index) - len(usable)} of {len(index)} files in {root} cannot be read as video and are left out")
     if not usable:
@@ -97,14 +97,15 @@ def _stored(cache, root: Path) -> dict:
         if stored["root"] != os.fspath(root.resolve()):
             return {}
         for entry in stored["videos"].values():
-            entry["skip"] if "skip" in entry else len(_times(entry))
+            entry["skip"] if "skip" in entry else len(frame_times(entry))
         return stored["videos"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         warn(f"{cache} is damaged and made anew")
         return {}
 
 
-def _times(entry):
+def frame_times(entry: dict):
+    """The times that an entry of the index stands for (see above)."""
     return range(*entry["range"]) if "range" in entry else np.fromiter(entry["times"], np.int64) if "times" in entry else Untimed(entry["count"])
 
 
@@ -141,7 +142,7 @@ def find_videos(root: Path) -> dict[str, list[int]]:
 
 
 def probe(path: Path) -> dict:
-    """What the index keeps of a video: {"range"} or {"times"} or {"count"} (see `_times`), or {"skip": the reason}.
+    """What the index keeps of a video: {"range"} or {"times"} or {"count"} (see `frame_times`), or {"skip": the reason}.
 
     The packets are counted, without decoding them: headers are often wrong, and a truncated file has fewer.
     """
@@ -194,7 +195,7 @@ def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
     try:
         if path.is_dir():
             images = _images(path)
-            taken = [_decode(images[i], size, [0], numbered=True) for i in wanted]
+            taken = [decode(images[i], size, [0], numbered=True) for i in wanted]
             if [] in taken:
                 raise Unreadable(f"{images[wanted[taken.index([])]].name} is not a whole image")
             return np.concatenate(taken)
@@ -202,9 +203,9 @@ def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
         if wanted[0] and not numbered:
             for earlier in (0, 10):  # a seek may lead past the first frame, or to one that needs those before it
                 with contextlib.suppress(av.FFmpegError):
-                    taken = taken if len(taken) == len(needed) else _decode(path, size, needed, earlier)
+                    taken = taken if len(taken) == len(needed) else decode(path, size, needed, earlier)
         if len(taken) < len(needed):
-            taken = _decode(path, size, needed, numbered=numbered)
+            taken = decode(path, size, needed, numbered=numbered)
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
         raise Unreadable(getattr(error, "strerror", None) or str(error)) from None
     if len(taken) < len(needed):
@@ -212,7 +213,7 @@ def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
     return np.stack(taken)
 
 
-def _decode(path, size, needed, earlier=None, numbered=False) -> list[np.ndarray]:
+def decode(path, size, needed, earlier=None, numbered=False) -> list[np.ndarray]:
     """Those of the `needed` frames that can be decoded, given by presentation times or, `numbered`, counted from 0.
 
     earlier: begin at the key frame before the first of them, looked for that many seconds earlier; None: begin at the start.
@@ -276,7 +277,7 @@ def read_ending(path, size: int, frames: int, stride: int) -> torch.Tensor:
     entry = probe(path)
     if "skip" in entry:
         raise UserError(f"{path} cannot be read as video: {entry['skip']}")
-    times = _times(entry)
+    times = frame_times(entry)
     if len(times) < need:
         raise UserError(f"{path} has {len(times)} frames; {need} are needed for {frames} frames of context at stride {stride}")
     try:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import test_video
 import torch
 import yaml
 from conftest import ROOT, script, tiny, tiny_model
@@ -76,9 +77,12 @@ def test_the_loader_is_faster_than_decoding_whole_videos_and_gives_the_same(tmp_
 
 def test_as_commands(tmp_path):
     bench.make_video(tmp_path / "v.mp4", 128, 64, seconds=2)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "v.mp4").read_bytes()[:9000])
+    test_video.write_images(tmp_path / "folder", 20)
     out, _ = script("bench.py", "data", "--videos", tmp_path, "--repeats", 2, "--json", tmp_path / "data.json")
     assert "v.mp4: 60 frames" in out and "encoding latents" in out
     assert json.loads((tmp_path / "data.json").read_text())["encoding"]["flops"] < 0.1
-    for command in ([], ["other"], ["cost"], ["cost", "none.yaml"], ["data", "--videos", tmp_path / "none"], ["cost", "config.yaml", "model.x=1"]):
+    for command in ([], ["other"], ["cost"], ["cost", "none.yaml"], ["data", "--videos", tmp_path / "none"], ["cost", "config.yaml", "model.x=1"],
+                    ["data", "--repeats", 0], ["cost", "config.yaml", "--peak", 0]):  # fmt: skip
         _, err = script("bench.py", *command, expect=2)
         assert err.startswith("error: ") and len(err.strip().splitlines()) == 1

@@ -105,3 +105,9 @@ def test_the_script_says_it_in_one_line_with_status_two(tmp_path):
                     ["config.yaml", "data.name=folder", f"data.path={tmp_path}", "device=cpu", run]):  # fmt: skip
         _, err = script("train.py", *command, expect=2)
         assert err.startswith("error: ") and len(err.strip().splitlines()) == 1
+
+
+def test_a_package_that_is_not_there_is_named():
+    assert config.require("math", "math").pi > 3
+    with pytest.raises(UserError, match="pip install no-such-package"):
+        config.require("no_such_package", "no-such-package")

@@ -60,7 +60,7 @@ def test_pooling_means_and_the_best_of_n(run):
     s = summarise(detectors, got, ["a", "b"], pooled=True)
     of, f = s["detectors"]["offline"], got.features["offline"]
     assert of["mean"]["frechet"] == pytest.approx((of["each"][0]["frechet"] + of["each"][1]["frechet"]) / 2)
-    assert of["std"]["frechet"] == pytest.approx(abs(of["each"][0]["frechet"] - of["each"][1]["frechet"]) / 2)
+    assert of["std"]["frechet"] == pytest.approx(abs(of["each"][0]["frechet"] - of["each"][1]["frechet"]) / 2**0.5)
     both = metrics.set_scores(f["real"], torch.cat([f["a"], f["b"]]), True)
     assert of["pooled"]["frechet"] == pytest.approx(both["frechet"])
     assert s["psnr"]["best_of_2"] == pytest.approx(got.frames["psnr"]["a"].mean()) and s["psnr"]["best_of_2"] > s["psnr"]["mean"]
@@ -152,10 +152,65 @@ def test_the_sweep_as_a_command(trained, tmp_path):
     assert one and scores["detectors"]["offline"]["mean"]["frechet"] == pytest.approx(row["scores"]["detectors"]["offline"]["mean"]["frechet"], rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """A run trained on a folder like UCF-101: classes of videos, a list of those held out."""
+    root = tmp_path_factory.mktemp("classes")
+    for i in range(24):
+        (root / "videos" / f"class{i // 6}").mkdir(parents=True, exist_ok=True)
+        write_video(root / "videos" / f"class{i // 6}" / f"v_{i:02d}.avi", frames=20)
+    (root / "test.txt").write_text("\n".join(f"class{i // 6}/v_{i:02d}.avi 1" for i in range(0, 24, 3)))
+    train(root / "run", "data.name=folder", f"data.path={root / 'videos'}", f"data.test_list={root / 'test.txt'}", "data.size=64", "train.steps=1", "tokenizer.steps=1")
+    return root
+
+
+@pytest.mark.parametrize("name, context, predicted", [("ucf101", 4, 12), ("kinetics600", 5, 11), ("own", 2, 2)])
+def test_folders_by_their_protocols(classes, name, context, predicted):
+    out, _ = script("fvd.py", "--ckpt", classes / "run", "--protocol", name, "--clips", 4, *(["--trajectories", 2] if name == "ucf101" else []))
+    scores = json.loads((classes / "run" / "scores.json").read_text())
+    assert (scores["clips"], scores["context"], scores["predicted"], scores["size"]) == (4, context, predicted, 64) and "4 test clips" in out
+    assert scores["start"] == (0 if name == "ucf101" else "anywhere") and scores["detectors"]["offline"]["floor"]["frechet"] > 0
+
+
+def test_clips_and_floor_meet_every_class_of_sorted_videos(classes):
+    run = Run(options(clips=8), classes / "run", "own")
+    named = lambda source, indices: {source.videos[i][0].split("/")[0] for i in indices}
+    assert named(run.test, run.indices) == named(run.train, run.others) == {f"class{k}" for k in range(4)}
+    assert not {run.test.videos[i][0] for i in run.indices} & {run.train.videos[i][0] for i in run.others}
+
+
+def test_runs_of_any_seed_are_scored_on_the_same_test_clips(trained, tmp_path):
+    train(tmp_path / "other", "seed=5", "train.steps=1", "tokenizer.steps=1")
+    a, b = (Run(options(), ckpt, "pushing") for ckpt in (trained, tmp_path / "other"))
+    assert b.cfg.seed == 5 and all(torch.equal(a.test.clip(i), b.test.clip(i)) for i in a.indices)
+
+
+def test_what_cannot_be_compared_is_refused(trained, classes, tmp_path):
+    sweep = ["sweep", "--clips", 2, "--steps", 1, "--seeds", 0, "--out", tmp_path / "sweep"]
+    for more, words in (([trained, classes / "run"], "cannot share a table"), ([trained, "--seeds=-1"], "numbers from 0 on"), ([trained, "--orders", "raster"], "random and motion")):
+        _, err = script("fvd.py", *sweep, "--ckpt", *more, expect=2)
+        assert words in err.strip().splitlines()[-1]
+    for name, frames in (("a", (4, 9, 9)), ("b", (9, 9, 4))):
+        (tmp_path / name).mkdir()
+        for i, n in enumerate(frames):
+            write_video(tmp_path / name / f"{i}.mp4", frames=n)
+    folders = [tmp_path / "a", tmp_path / "b", "--frames", 6, "--size", 16]
+    _, err = script("fvd.py", *folders, "--paired", expect=2)  # two clips in each, but not the same two
+    assert "1 of 3 videos" in err and "in folders, the same names" in err
+    script("fvd.py", *folders)
+
+
+def test_without_context_nothing_can_be_frozen(trained):
+    out, _ = script("fvd.py", "sanity", f"--ckpt={trained}", "--clips", 4, "--context", 0)
+    assert "shuffled" in out and "frozen" not in out
+
+
 def test_bad_input_is_refused_in_one_line(trained, tmp_path):
     np.savez(tmp_path / "flat.npz", a=np.zeros((2, 3)))
     np.savez(tmp_path / "short.npz", np.zeros((3, 4, 8, 8, 3), np.uint8)), np.savez(tmp_path / "long.npz", np.zeros((3, 5, 8, 8, 3), np.uint8))
     (tmp_path / "text.npz").write_text("no arrays")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "long.npz").read_bytes()[:700])
+    np.savez(tmp_path / "empty.npz", np.zeros((0, 5, 8, 8, 3), np.uint8))
     np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
     run = ["--ckpt", trained, "--protocol", "pushing"]
     for command in (
@@ -163,7 +218,8 @@ def test_bad_input_is_refused_in_one_line(trained, tmp_path):
         ["--ckpt", trained, "--protocol", "bair"], ["--ckpt", trained, "--protocol", "kinetics600"], ["--ckpt", trained, "--protocol", "x"],
         ["sweep", "--ckpt", trained, "--steps", "1,x"], ["sweep", "--ckpt", trained, "--cfg", "1"], ["sweep", "--ckpt", trained, "--steps", "999"],
         [tmp_path / "flat.npz", tmp_path / "short.npz"], [tmp_path / "short.npz", tmp_path / "long.npz"], [tmp_path / "text.npz", tmp_path / "long.npz"],
-        [tmp_path / "object.npy", tmp_path / "long.npz"], [tmp_path / "none.npz", tmp_path / "long.npz"], [tmp_path, tmp_path], ["only-one.npz"],
+        [tmp_path / "object.npy", tmp_path / "long.npz"], [tmp_path / "none.npz", tmp_path / "long.npz"], [tmp_path, tmp_path], ["only-one.npz"], [tmp_path / "cut.npz", tmp_path / "long.npz"],
+        [tmp_path / "empty.npz", tmp_path / "long.npz"], ["--ckpt", trained, trained, "--protocol", "pushing"],
     ):  # fmt: skip
         _, err = script("fvd.py", *command, expect=2)
         assert err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in err, (command, err)

@@ -71,7 +71,7 @@ def write_images(folder, count, name="frame{}.png", size=lambda t: (64, 48)):
 
 def read(path, wanted):
     """The frames `wanted` of a file as the index and the reader see it, at 32 pixels."""
-    return read_frames(path, video._times(probe(path)), wanted, 32)
+    return read_frames(path, video.frame_times(probe(path)), wanted, 32)
 
 
 def index(root, cache=None):
@@ -153,7 +153,7 @@ class Counted:
 @pytest.mark.parametrize("name", ["x264.mp4", "x264.mkv", "open_gop.mkv", "vp8.webm", "mpeg4.avi"])
 def test_a_seek_spares_what_comes_before(tmp_path, monkeypatch, name):
     path = write_video(tmp_path / name, 60, **FORMATS[name])
-    times = video._times(probe(path))
+    times = video.frame_times(probe(path))
     monkeypatch.setattr(av, "open", Counted), monkeypatch.setattr(Counted, "taken", 0)
     assert numbers(read_frames(path, times, range(44, 55, 3), 32)) == [44, 47, 50, 53]
     assert 10 <= Counted.taken <= 10 + 20  # up to a group of 10 before, and what the decoder holds back
@@ -165,13 +165,13 @@ def test_frames_that_come_at_any_times_are_numbered_in_their_order(tmp_path_fact
     times = np.cumsum([0, *gaps]).tolist()
     path = write_video(tmp_path_factory.mktemp("times") / name, codec="libvpx" if "webm" in name else "libx264", times=times)
     first = data.draw(st.integers(0, len(gaps)))
-    assert len(video._times(probe(path))) == len(times) and numbers(read(path, range(first, len(times)))) == list(range(first, len(times)))
+    assert len(video.frame_times(probe(path))) == len(times) and numbers(read(path, range(first, len(times)))) == list(range(first, len(times)))
 
 
 def test_a_long_pause_costs_nothing(tmp_path):
     path = write_video(tmp_path / "pause.mkv", codec="libx264", times=[0, 1, 2, 300_000])
     tracemalloc.start()
-    assert len(video._times(probe(path))) == 4
+    assert len(video.frame_times(probe(path))) == 4
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10**6
@@ -179,6 +179,8 @@ def test_a_long_pause_costs_nothing(tmp_path):
 
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
 def test_a_rotated_video_is_turned_as_its_matrix_says(tmp_path, rotation):
+    if not hasattr(av.video.stream.VideoStream, "set_display_rotation"):
+        pytest.skip("this PyAV reads rotations but writes none")
     path = write_video(tmp_path / "v.mp4", 3, size=(48, 48), rotation=rotation)
     start = path.read_bytes().index(b"tkhd") + 44
     a, b, _, c, d = (v / 65536 for v in struct.unpack(">5i", path.read_bytes()[start : start + 20]))  # x' = ax + cy, y' = bx + dy
@@ -207,7 +209,7 @@ def test_a_wrong_frame_count_in_the_header_is_not_believed(tmp_path, claimed):
         assert struct.unpack_from("<I", raw, at) == (20,)
         struct.pack_into("<I", raw, at, claimed)
     (tmp_path / "v.avi").write_bytes(raw)
-    assert len(video._times(probe(tmp_path / "v.avi"))) == 20 and numbers(read(tmp_path / "v.avi", range(11, 20))) == list(range(11, 20))
+    assert len(video.frame_times(probe(tmp_path / "v.avi"))) == 20 and numbers(read(tmp_path / "v.avi", range(11, 20))) == list(range(11, 20))
 
 
 def test_the_ending_of_a_video(tmp_path):
@@ -260,7 +262,7 @@ def test_of_a_cut_file_the_frames_before_the_cut_remain(tmp_path, name):
     raw = write_video(tmp_path / name, 40, **FORMATS[name]).read_bytes()
     for share in (0.4, 0.55, 0.8):
         (tmp_path / name).write_bytes(raw[: int(share * len(raw))])
-        count = len(video._times(probe(tmp_path / name)))
+        count = len(video.frame_times(probe(tmp_path / name)))
         assert 5 < count < 40 and numbers(read(tmp_path / name, range(count - 1))) == list(range(count - 1))
 
 
@@ -275,7 +277,7 @@ def test_what_a_damaged_packet_spoils_is_never_given_out(tmp_path, name):
         found = probe(tmp_path / name)
         for t in range(20) if damaged in (7, 13) else ():
             try:
-                assert (read_frames(tmp_path / name, video._times(found), range(t, t + 1), 32) == frames[t]).all()
+                assert (read_frames(tmp_path / name, video.frame_times(found), range(t, t + 1), 32) == frames[t]).all()
             except Unreadable:
                 assert damaged <= t < damaged + 5 - damaged % 5  # up to the next key frame
 
@@ -355,9 +357,9 @@ def test_damage_gives_frames_or_a_reason_soon(sources, data, wounds):
     path.write_bytes(raw)
     begin, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = probe(path)
-    assert "skip" in found and found["skip"] or len(video._times(found)) > 0
+    assert "skip" in found and found["skip"] or len(video.frame_times(found)) > 0
     if "skip" not in found:
-        count = len(video._times(found))
+        count = len(video.frame_times(found))
         first = data.draw(st.integers(0, count - 1))
         try:
             assert read(path, range(first, min(first + 4, count))).shape[1:] == (32, 32, 3)
