@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +12,20 @@ from conftest import script, stand_in, train
 from test_data import write_bair
 from test_video import write_video
 
+import fvd
 import metrics
 import protocols
+from config import UserError
 from fvd import corruptions
 from protocols import Run, collect, summarise
+
+
+def refusal(monkeypatch, *words):
+    """What fvd.py says when it refuses these words; `config.cli` makes one line and exit status 2 of it."""
+    monkeypatch.setattr(sys, "argv", ["fvd.py", *map(str, words)])
+    with pytest.raises(UserError) as caught:
+        fvd.main()
+    return str(caught.value)
 
 
 def options(**changes):
@@ -116,15 +127,14 @@ def test_folders_of_videos_are_read_and_warned_of(tmp_path):
 
 
 @pytest.mark.parametrize("name, changes", [("bair", {"context": 1, "frames": 16}), ("bair28", {"context": 2, "frames": 30})])
-def test_bair_by_its_protocols(tmp_path, name, changes):
+def test_bair_by_its_protocols(tmp_path, monkeypatch, name, changes):
     write_bair(tmp_path / "data", 4)
     train(tmp_path / "run", "data.name=bair", f"data.path={tmp_path / 'data'}", "data.size=64", "train.steps=1", "tokenizer.steps=1")
     out, _ = script("fvd.py", "--ckpt", tmp_path / "run", "--protocol", name, "--trajectories", 2, "--i3d", stand_in(tmp_path / "i3d.pt"))
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert scores["clips"] == 4 and scores["context"] == changes["context"] and scores["predicted"] == changes["frames"] - changes["context"]
     assert scores["start"] == 0 and ("pooled" in scores["detectors"]["i3d"]) == (name == "bair") and scores["detectors"]["i3d"]["file"].endswith("i3d.pt") and "\nFVD (context included" in out
-    _, err = script("fvd.py", "--ckpt", tmp_path / "run", "--protocol", name, "--frames", 12, expect=2)
-    assert f"protocol {name} fixes frames={changes['frames']}" in err
+    assert f"protocol {name} fixes frames={changes['frames']}" in refusal(monkeypatch, "--ckpt", tmp_path / "run", "--protocol", name, "--frames", 12)
 
 
 def test_the_sanity_table_as_a_command(trained):
@@ -169,7 +179,7 @@ def test_folders_by_their_protocols(classes, name, context, predicted):
     out, _ = script("fvd.py", "--ckpt", classes / "run", "--protocol", name, "--clips", 4, *(["--trajectories", 2] if name == "ucf101" else []))
     scores = json.loads((classes / "run" / "scores.json").read_text())
     assert (scores["clips"], scores["context"], scores["predicted"], scores["size"]) == (4, context, predicted, 64) and "4 test clips" in out
-    assert scores["start"] == (0 if name == "ucf101" else "anywhere") and scores["detectors"]["offline"]["floor"]["frechet"] > 0
+    assert scores["start"] == (0 if name == "ucf101" else "anywhere") and "frechet" in scores["detectors"]["offline"]["floor"]
 
 
 def test_clips_and_floor_meet_every_class_of_sorted_videos(classes):
@@ -185,19 +195,17 @@ def test_runs_of_any_seed_are_scored_on_the_same_test_clips(trained, tmp_path):
     assert b.cfg.seed == 5 and all(torch.equal(a.test.clip(i), b.test.clip(i)) for i in a.indices)
 
 
-def test_what_cannot_be_compared_is_refused(trained, classes, tmp_path):
+def test_what_cannot_be_compared_is_refused(trained, classes, tmp_path, monkeypatch, capsys):
     sweep = ["sweep", "--clips", 2, "--steps", 1, "--seeds", 0, "--out", tmp_path / "sweep"]
     for more, words in (([trained, classes / "run"], "cannot share a table"), ([trained, "--seeds=-1"], "numbers from 0 on"), ([trained, "--orders", "raster"], "random and motion")):
-        _, err = script("fvd.py", *sweep, "--ckpt", *more, expect=2)
-        assert words in err.strip().splitlines()[-1]
+        assert words in refusal(monkeypatch, *sweep, "--ckpt", *more)
     for name, frames in (("a", (4, 9, 9)), ("b", (9, 9, 4))):
         (tmp_path / name).mkdir()
         for i, n in enumerate(frames):
             write_video(tmp_path / name / f"{i}.mp4", frames=n)
     folders = [tmp_path / "a", tmp_path / "b", "--frames", 6, "--size", 16]
-    _, err = script("fvd.py", *folders, "--paired", expect=2)  # two clips in each, but not the same two
-    assert "1 of 3 videos" in err and "in folders, the same names" in err
-    script("fvd.py", *folders)
+    assert "in folders, the same names" in refusal(monkeypatch, *folders, "--paired")  # two clips in each, but not the same two
+    assert capsys.readouterr().err.count("1 of 3 videos") == 2
 
 
 def test_without_context_nothing_can_be_frozen(trained):
@@ -205,7 +213,7 @@ def test_without_context_nothing_can_be_frozen(trained):
     assert "shuffled" in out and "frozen" not in out
 
 
-def test_bad_input_is_refused_in_one_line(trained, tmp_path):
+def test_bad_input_is_refused_in_a_sentence(trained, tmp_path, monkeypatch):
     np.savez(tmp_path / "flat.npz", a=np.zeros((2, 3)))
     np.savez(tmp_path / "short.npz", np.zeros((3, 4, 8, 8, 3), np.uint8)), np.savez(tmp_path / "long.npz", np.zeros((3, 5, 8, 8, 3), np.uint8))
     (tmp_path / "text.npz").write_text("no arrays")
@@ -221,8 +229,9 @@ def test_bad_input_is_refused_in_one_line(trained, tmp_path):
         [tmp_path / "object.npy", tmp_path / "long.npz"], [tmp_path / "none.npz", tmp_path / "long.npz"], [tmp_path, tmp_path], ["only-one.npz"], [tmp_path / "cut.npz", tmp_path / "long.npz"],
         [tmp_path / "empty.npz", tmp_path / "long.npz"], ["--ckpt", trained, trained, "--protocol", "pushing"],
     ):  # fmt: skip
-        _, err = script("fvd.py", *command, expect=2)
-        assert err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in err, (command, err)
+        assert len(refusal(monkeypatch, *command)) > 15
+    _, err = script("fvd.py", *run, "--clips", 0, expect=2)
+    assert err.startswith("error: ") and "clips=0" in err and len(err.splitlines()) == 1
 
 
 def test_protocols_say_what_the_field_measures():
