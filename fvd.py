@@ -235,6 +235,7 @@ def draw_sweep(rows, detectors, path):
     columns = sweep_columns(rows, detectors)
     fig = Figure(figsize=(4.2 * len(columns), 3.8), layout="constrained")
     lines = list(dict.fromkeys((row["checkpoint"], *row["cfg"], row["order"]) for row in rows))
+    steps = sorted({row["steps"] for row in rows})
     for ax, (title, of) in zip(np.atleast_1d(fig.subplots(1, len(columns))), columns.items()):
         for line in lines:
             mine = [row for row in rows if (row["checkpoint"], *row["cfg"], row["order"]) == line]
@@ -246,7 +247,7 @@ def draw_sweep(rows, detectors, path):
             name = "i3d" if title == "FVD" else "offline"
             ax.axhline(rows[0]["scores"]["detectors"][name]["floor"]["frechet"], color="grey", linestyle=":", linewidth=1)
             ax.set_yscale("log")
-        ax.set_xscale("log", base=2), ax.set_xlabel("spatial steps S"), ax.set_title(title, fontsize=9), ax.grid(alpha=0.3)
+        ax.set_xscale("log"), ax.set_xticks(steps, map(str, steps)), ax.minorticks_off(), ax.set_xlabel("spatial steps S"), ax.set_title(title, fontsize=9), ax.grid(alpha=0.3)
     ax.legend(fontsize=6)
     fig.savefig(path, dpi=110)
 
