@@ -246,8 +246,8 @@ def draw_sweep(rows, detectors, path):
         if "Fréchet" in title or title == "FVD":
             name = "i3d" if title == "FVD" else "offline"
             ax.axhline(rows[0]["scores"]["detectors"][name]["floor"]["frechet"], color="grey", linestyle=":", linewidth=1)
-            ax.set_yscale("log")
-        ax.set_xscale("log"), ax.set_xticks(steps, map(str, steps)), ax.minorticks_off(), ax.set_xlabel("spatial steps S"), ax.set_title(title, fontsize=9), ax.grid(alpha=0.3)
+            ax.set_yscale("log"), ax.yaxis.set_major_formatter("{x:.3g}"), ax.yaxis.set_minor_formatter("{x:.3g}")
+        ax.set_xscale("log"), ax.set_xticks([], minor=True), ax.set_xticks(steps, map(str, steps)), ax.set_xlabel("spatial steps S"), ax.set_title(title, fontsize=9), ax.grid(alpha=0.3)
     ax.legend(fontsize=6)
     fig.savefig(path, dpi=110)
 
