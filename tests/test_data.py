@@ -39,6 +39,16 @@ def test_ranks_share_out_every_epoch_and_resuming_changes_nothing(length, batch,
     assert all(torch.equal(a[0], b[0]) for a, b in zip(per_rank[0][first:], resumed))
 
 
+@given(st.integers(1, 50), st.integers(1, 60))
+def test_clips_are_spread_from_the_first_to_the_last_and_wrap_only_if_they_must(length, count):
+    chosen = data.spread(range(length), count)
+    assert len(set(chosen)) == count and chosen == sorted(chosen) and chosen[0] == 0
+    if 1 < count <= length:
+        assert chosen[-1] == length - 1 and max(np.diff(chosen)) - min(np.diff(chosen)) <= 1
+    if count > length:
+        assert {index % length for index in chosen} == set(range(length))
+
+
 def test_worker_processes_change_nothing():
     source = data.open_source(tiny().data, 0, "train", 2)
     plain, spread = (list(data.loader(source, 0, 4, 0, 5, workers=w)) for w in (0, 2))
@@ -347,4 +357,5 @@ def test_bair_trains_and_samples(tmp_path, robot):
     train(tmp_path / "run", "data.name=bair", f"data.path={root}", "data.size=64", "tokenizer.stride=16")
     script("sample.py", "--ckpt", tmp_path / "run")
     truth = np.load(tmp_path / "run" / "samples" / "samples.npz")["truth"]
-    assert all(any((clip == pixels["test"][i, s : s + 4]).all() for s in range(27)) for i, clip in enumerate(truth))
+    chosen = pixels["test"][data.spread(pixels["test"], len(truth))]
+    assert all(any((clip == whole[s : s + 4]).all() for s in range(27)) for clip, whole in zip(truth, chosen))

@@ -446,7 +446,8 @@ def test_wrong_types_in_the_index_file_give_no_traceback(kept, where, value):
     cache.write_text(json.dumps(value if where == "tree" else tree))
     with contextlib.suppress(Unreadable, UserError):
         found = index(root, cache)
-        read_frames(root / "v.mp4", found["v.mp4"], range(min(len(found["v.mp4"]), 3)), 32)
+        wanted = range(min(len(found["v.mp4"]), 3))
+        assert len(read_frames(root / "v.mp4", found["v.mp4"], wanted, 32)) == len(wanted)
 
 
 def test_an_index_file_that_cannot_be_written_stops_nothing(tmp_path, capsys):
@@ -456,7 +457,7 @@ def test_an_index_file_that_cannot_be_written_stops_nothing(tmp_path, capsys):
 
 def test_a_folder_without_video_is_an_error_in_words(tmp_path):
     for root in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UserError, match=f"data.path={root} "):
+        with pytest.raises(UserError, match=f"{root} "):
             index(root)
     (tmp_path / "bad.mp4").touch()
     with pytest.raises(UserError, match="no usable video .1 files"):
