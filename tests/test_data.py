@@ -4,7 +4,6 @@ import dataclasses
 import json
 import struct
 
-import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,8 @@ import data
 import video
 from config import UserError
 from video import to_uint8
+
+google_crc32c = pytest.importorskip("google_crc32c")
 
 
 @given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))

@@ -10,7 +10,6 @@ import time
 import tracemalloc
 from fractions import Fraction
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +19,8 @@ from hypothesis import strategies as st
 import video
 from config import UserError
 from video import Unreadable, find_videos, probe, read_ending, read_frames, to_tensor, to_uint8
+
+av = pytest.importorskip("av")
 
 
 def picture(t, size):
