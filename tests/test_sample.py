@@ -10,8 +10,8 @@ from conftest import script, tiny, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import sample
+import video
 from canvas import clip_generator
 
 scales = st.floats(-2, 4).map(lambda w: round(w, 3))
@@ -162,7 +162,7 @@ def test_script_writes_its_four_files_whatever_the_batch(trained, tmp_path):
     assert (a["samples"][:, :2] == a["truth"][:, :2]).all()
     assert np.abs(a["samples"].astype(int) - b["samples"]).max() <= 1
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"samples.npz", "samples.mp4", "grid.png", "steps.png"}
-    assert len(data.read_video(tmp_path / "a" / "samples.mp4", 64)) == 4
+    assert len(video.frame_times(video.probe(tmp_path / "a" / "samples.mp4"))) == 4
 
 
 def test_script_options_change_the_result_and_seeds_give_other_futures(trained, tmp_path):
@@ -194,13 +194,13 @@ def test_script_follows_the_configuration_beside_the_checkpoint(trained, tmp_pat
 
 
 def test_script_continues_a_video_of_the_user(trained, tmp_path):
-    from test_data import write_video
+    from test_video import write_video
 
-    video = write_video(tmp_path / "mine.mp4")
-    script("sample.py", "--ckpt", trained, "--video", video, "--out", tmp_path / "out", "--clips", 3)
+    mine = write_video(tmp_path / "mine.mp4")
+    script("sample.py", "--ckpt", trained, "--video", mine, "--out", tmp_path / "out", "--clips", 3)
     result = np.load(tmp_path / "out" / "samples.npz")
     assert result["samples"].shape == (3, 4, 32, 32, 3) and "truth" not in result
-    ending = data.to_uint8(data.read_ending(video, 32, 2, 1))
+    ending = video.to_uint8(video.read_ending(mine, 32, 2, 1))
     assert (result["samples"][:, :2] == ending).all() and (result["samples"][0, 2:] != result["samples"][1, 2:]).any()
 
 
