@@ -8,7 +8,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, launch, script, tiny, tiny_model, train
+from conftest import ROOT, TINY, launch, script, tiny_model, train
 from hypothesis import given
 from hypothesis import strategies as st
 
