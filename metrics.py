@@ -80,6 +80,7 @@ class I3D(nn.Module):
         self.path = path
 
     def forward(self, video):
+        """uint8 (B, T, H, W, 3) -> (B, 400) float32. Raises UserError where the file does not answer so."""
         x = _channels_first(video)
         try:
             features = self.net(x, rescale=True, resize=True, return_features=True)

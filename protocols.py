@@ -91,7 +91,7 @@ class Run:
             raise UserError(f"--protocol {name} needs a model trained on data.name={p.data}; {ckpt} was trained on data.name={cfg.data.name}")
         if p.size not in (0, cfg.data.size):
             raise UserError(f"--protocol {name} is at {p.size} pixels; {ckpt} was trained at data.size={cfg.data.size}")
-        for key in ("clips", "batch", "trajectories"):
+        for key in ("batch", "trajectories"):  # `apply_options` has looked at the others
             if getattr(args, key, None) is not None and getattr(args, key) < 1:
                 raise UserError(f"--{key}={getattr(args, key)} must be at least 1")
         index = sample.run_folder(ckpt) / "index.json"
