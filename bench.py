@@ -24,10 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import config
 import sample
+import storage
 import tokenizer as vae
 import video
 from canvas import CanvasMAR, Draws
 from config import UserError
+from machine import autocast, pick_device
 
 # ------------------------------------------------------------------------------------------------------------- the data
 
@@ -100,7 +102,7 @@ def encoding_share(args) -> dict:
     cfg = config.load(args.config)
     c = count(cfg)
     share = {"flops": c["encode_flops"] / (c["encode_flops"] + c["step_flops"]), "parameters": c["parameters"]}
-    device = sample.pick_device("auto")
+    device = pick_device("auto")
     if device.type == "cpu" and c["parameters"] > 5e6:
         return share
     model, tokenizer, x, draws = real_parts(cfg)
@@ -108,7 +110,7 @@ def encoding_share(args) -> dict:
     draws = Draws(**{name: value.to(device) for name, value in vars(draws).items()})
     wait, seconds = torch.cuda.synchronize if device.type == "cuda" else lambda: None, {"encode": [], "step": []}
     for _ in range(args.repeats // 4 + 3):
-        with sample.autocast(device, "bf16" if device.type == "cuda" else "fp32"):
+        with autocast(device, "bf16" if device.type == "cuda" else "fp32"):
             marks = [time.perf_counter()]
             with torch.no_grad():
                 f = tokenizer.encode(x)
@@ -235,7 +237,7 @@ def main():
         if getattr(args, name, 1) <= 0:
             raise UserError(f"--{name}={getattr(args, name)} must be more than 0")
     if args.json:
-        sample.make_folder(Path(args.json).parent)
+        storage.make_folder(Path(args.json).parent)
     figures = {"data": bench_data, "cost": bench_cost}[what](args)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1))

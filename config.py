@@ -9,9 +9,11 @@ of each. A file may begin with `base: other.yaml` and state only what differs fr
 import argparse
 import dataclasses
 import difflib
+import errno
 import importlib
 import math
 import os
+import reprlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,18 +26,43 @@ class UserError(Exception):
 
 
 def cli(main):
-    """Run `main()`; a UserError becomes one line on stderr and exit status 2, ctrl-c exit status 130."""
+    """Run `main()` and end the process: a UserError, a full disk and the like are one line on stderr and exit status 2."""
+    status = 0
     try:
         main()
-    except UserError as error:
-        text = str(error)
-        if "Original Traceback" in text:  # it comes from a data process, wrapped by torch
-            text = text.rsplit("UserError: ", 1)[-1]
-        print("error: " + " ".join(text.split()), file=sys.stderr)
-        sys.exit(2)
+    except SystemExit as stop:
+        status = stop.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    except Exception as error:
+        text = sentence(error)
+        if text is None:
+            raise
+        print("error: " + " ".join(text.split()), file=sys.stderr)
+        status = 2
+    sys.stdout.flush()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(status or 0)  # one process in ten aborts in the threads of torch.distributed (gloo) if it ends in the usual way
+    sys.exit(status)
+
+
+def sentence(error: Exception) -> str | None:
+    """What to tell the user of an error that is theirs or their machine's; None for a bug, which keeps its traceback."""
+    text = str(error)
+    if isinstance(error, UserError):  # from a data process, torch wraps it in a traceback
+        return text.rsplit("UserError: ", 1)[-1] if "Original Traceback" in text else text
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)):
+        return f"{error.filename or 'writing'}: {error.strerror}; what was saved before is whole"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return f"out of memory ({text[:150]}); smaller models, clips and batches need less: train.batch, or --batch when sampling"
+    return None
+
+
+def warn(text, everywhere=False):
+    """A line on stderr; what all processes find, the first of them says."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        print("warning: " + " ".join(text.split()), file=sys.stderr)
 
 
 def require(module: str, package: str):
@@ -173,8 +200,8 @@ def load(path, overrides=()) -> Config:
             if not isinstance(node, dict):
                 raise UserError(f"override '{override}': '{parent}' is a value, not a section")
         try:
-            node[last] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
+            node[last] = yaml.load(value, Loader) if value else ""
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise UserError(f"override '{override}': the value is not valid YAML") from None
     return from_dict(tree, where=str(path))
 
@@ -197,9 +224,8 @@ def save(cfg: Config, path) -> None:
     os.replace(temporary, path)
 
 
-def flat(cfg: Config) -> dict:
-    """{'data.size': 32, ...}: every value under its dotted name."""
-    tree = to_dict(cfg)
+def flat(tree: dict) -> dict:
+    """{'data.size': 32, ...}: every value of nested dicts under its dotted name."""
     sections = {k: v for k, v in tree.items() if isinstance(v, dict)}
     values = {k: v for k, v in tree.items() if not isinstance(v, dict)}
     return values | {f"{s}.{k}": v for s, section in sections.items() for k, v in section.items()}
@@ -210,6 +236,8 @@ def check(cfg: Config) -> None:
     d, t, m, s = cfg.data, cfg.tokenizer, cfg.model, cfg.sample
     if not cfg.run:
         raise UserError("run is empty; it names the folder that everything is written to")
+    if any("\0" in path for path in (cfg.run, d.path, d.test_list, t.checkpoint)):
+        raise UserError("run, data.path, data.test_list and tokenizer.checkpoint are paths and hold no null characters")
     if t.stride & (t.stride - 1):
         raise UserError(f"tokenizer.stride={t.stride} is not a power of two")
     if d.size % t.stride:
@@ -234,11 +262,23 @@ def check(cfg: Config) -> None:
         raise UserError(f"data.size={d.size}: the pushing world is drawn at 32 or 64 pixels")
 
 
+class Loader(yaml.SafeLoader):
+    """Plain values only, and no key twice: PyYAML takes the last one without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice}' stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path, seen: tuple) -> dict:
     if path.resolve() in seen:
         raise UserError(f"{path}: `base` leads back to the same file")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -261,7 +301,7 @@ def _merge(base: dict, over: dict) -> dict:
 def fill(kind, tree, prefix, where):
     """One section from a dict: every key known, present and of its type. Raises UserError."""
     if not isinstance(tree, dict):
-        raise UserError(f"{where}: '{prefix.rstrip('.')}' must be a section with keys, got {tree!r}")
+        raise UserError(f"{where}: '{prefix.rstrip('.')}' must be a section with keys, got {reprlib.repr(tree)}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in tree:
         if key not in fields:
@@ -279,7 +319,7 @@ def fill(kind, tree, prefix, where):
 
 def _value(f, value, name, where):
     """One value, coerced to its type: PyYAML reads 1e-4 as text, and `true` as a bool even where a word is meant."""
-    wrong = UserError(f"{where}: {name} must be {f.type.__name__}, got {value!r}")
+    wrong = UserError(f"{where}: {name} must be {f.type.__name__}, got {reprlib.repr(value)}")
     if f.type is str:
         value = "" if value is None else str(value).lower() if isinstance(value, bool) else value
     elif f.type in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
@@ -295,7 +335,7 @@ def _value(f, value, name, where):
         raise UserError(f"{where}: {name} must be finite, got {value}")
     choices = f.metadata.get("choices")
     if choices and value not in choices:
-        raise UserError(f"{where}: {name} must be one of {', '.join(choices)}, got {value!r}")
+        raise UserError(f"{where}: {name} must be one of {', '.join(choices)}, got {reprlib.repr(value)}")
     if "low" in f.metadata and not f.metadata["low"] <= value <= f.metadata["high"]:
         raise UserError(f"{where}: {name}={value} must lie between {f.metadata['low']} and {f.metadata['high']}")
     return value

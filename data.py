@@ -9,6 +9,7 @@ Three sources: `pushing` (pushing.py), `folder`, any tree of video files or fram
 import hashlib
 import os
 import re
+import signal
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import Data, UserError, require
+from config import Data, UserError, require, warn
 from pushing import Pushing
-from video import Unreadable, read_frames, read_index, to_tensor, warn
+from video import Unreadable, read_frames, read_index, to_tensor
 
 SPLITS = ("train", "test")
 
@@ -38,6 +39,11 @@ def open_source(data: Data, seed: int, split: str, frames: int, cache=None):
 def spread(source, count: int) -> list[int]:
     """`count` indices spread evenly over a source, so that of sorted videos every class is met; more than it has wrap."""
     return np.linspace(0, len(source) - 1, count).round().astype(int).tolist() if count <= len(source) else list(range(count))
+
+
+def fingerprint(source) -> str:
+    """What decides the order of clips beside the seed: how many items there are and a hash of their names and lengths."""
+    return f"{len(source)} items, {hashlib.sha256(repr(source.listing()).encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
 
 
 # ------------------------------------------------------------------------------------------- order, batches, processes
@@ -66,7 +72,14 @@ def loader(source, seed: int, batch: int, first: int, last: int, rank=0, ranks=1
     exactly and a run that goes on from batch n sees what the unbroken run would have seen.
     """
     batches = Batches(batch, first, last, rank, ranks)
-    return torch.utils.data.DataLoader(Stream(source, seed), batch_sampler=batches, num_workers=workers)
+    return torch.utils.data.DataLoader(Stream(source, seed), batch_sampler=batches, num_workers=workers, worker_init_fn=_deaf)
+
+
+def _deaf(_worker):
+    """A ctrl-c or a scheduler's SIGTERM reaches all processes; the training one stops these when it has saved."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @dataclass
@@ -115,6 +128,9 @@ class Folder:
 
     def __len__(self):
         return len(self.videos)
+
+    def listing(self):
+        return [(name, first, count) for name, _, first, count in self.videos]
 
     def clip(self, index: int, start=None) -> torch.Tensor:
         """(T, 3, size, size) float32 in [-1, 1]; the index decides both the video and, unless `start` does, the stretch of it.
@@ -194,6 +210,9 @@ class Bair:
 
     def __len__(self):
         return len(self.records)
+
+    def listing(self):
+        return [(file.name, offset) for file, offset, _ in self.records]
 
     def clip(self, index: int, start=None) -> torch.Tensor:
         """(T, 3, size, size) float32 in [-1, 1]; the index decides both the trajectory and, unless `start` does, the stretch."""

@@ -25,16 +25,18 @@ from tqdm import tqdm
 import config
 import metrics
 import sample
+import storage
 from canvas import clip_generator
-from config import UserError
+from config import UserError, warn
+from machine import pick_device
 from protocols import PROTOCOLS, Run, collect, summarise
-from video import Unreadable, read_frames, read_index, warn
+from video import Unreadable, read_frames, read_index
 
 
 def open_detectors(args, device) -> list:
     """The offline detector, and I3D where --i3d names its file."""
     if not metrics.torch_fidelity():
-        print("warning: torch-fidelity is not installed, so there are no KVD, precision and recall", file=sys.stderr)
+        warn("torch-fidelity is not installed, so there are no KVD, precision and recall")
     return [d.to(device).eval() for d in [metrics.Offline(), *([metrics.I3D(args.i3d)] if args.i3d else [])]]
 
 
@@ -167,7 +169,7 @@ def run_sweep(args):
     if set(orders) - {"random", "motion"} or min(seeds) < 0:
         raise UserError(f"--orders={args.orders} takes random and motion, --seeds={args.seeds} numbers from 0 on")
     args.steps = args.seed = None
-    runs, out = [Run(args, ckpt, args.protocol or _protocol_of(ckpt)) for ckpt in args.ckpt], sample.make_folder(args.out)
+    runs, out = [Run(args, ckpt, args.protocol or _protocol_of(ckpt)) for ckpt in args.ckpt], storage.make_folder(args.out)
     detectors, rows = open_detectors(args, runs[0].device), []
     cells = [(run, *cell) for run in runs for cell in itertools.product(guidance, orders, steps) if run.cfg.model.canvas or cell[1] != "motion"]
     kinds_of_data = {(run.name, run.cfg.data.path, run.cfg.data.size, run.cfg.data.stride, run.cfg.sample.context, run.cfg.sample.frames) for run in runs}
@@ -255,8 +257,8 @@ def draw_sweep(rows, detectors, path):
 def run_files(args):
     """REAL GENERATED: score two sets of clips, in .npz files or folders of videos, a batch in memory at a time."""
     if args.out:
-        sample.make_folder(Path(args.out).parent)
-    device = sample.pick_device(args.device)
+        storage.make_folder(Path(args.out).parent)
+    device = pick_device(args.device)
     detectors = open_detectors(args, device)
     clips = {"real": open_clips(args.real, "truth", args), "generated": open_clips(args.generated, "samples", args)}
     shapes, counts = ({of: shape[1:] for of, (shape, *_) in clips.items()}, [shape[0] for shape, *_ in clips.values()])

@@ -20,6 +20,7 @@ import metrics
 import sample
 from canvas import validate
 from config import UserError
+from machine import autocast, pick_device
 from pushing import object_measures
 from video import to_uint8
 
@@ -79,7 +80,7 @@ class Run:
     """A trained model with what is needed to score it by one protocol. Raises UserError where they do not fit together."""
 
     def __init__(self, args, ckpt, name):
-        self.device, self.ckpt, self.name, p = sample.pick_device(args.device), ckpt, name, PROTOCOLS[name]
+        self.device, self.ckpt, self.name, p = pick_device(args.device), ckpt, name, PROTOCOLS[name]
         cfg, self.model, self.tokenizer = sample.load_run(ckpt, self.device)
         for key in ("context", "frames"):
             if getattr(p, key) and getattr(args, key, None) not in (None, getattr(p, key)):
@@ -105,14 +106,14 @@ class Run:
 
         def continued(real, indices):
             context = real[:, : self.cfg.sample.context].to(self.device)
-            with sample.autocast(self.device, self.cfg.train.precision):
+            with autocast(self.device, self.cfg.train.precision):
                 return sample.continue_clips(self.model, self.tokenizer, context, opts or self.cfg.sample, seed, indices)[0]
 
         return continued
 
     def reconstruction(self, real, _):
         """A kind of video: through the tokenizer and back."""
-        with torch.no_grad(), sample.autocast(self.device, self.cfg.train.precision):
+        with torch.no_grad(), autocast(self.device, self.cfg.train.precision):
             return self.tokenizer.decode(self.tokenizer.encode(real.to(self.device)))
 
     def describe(self) -> dict:
@@ -175,7 +176,7 @@ def collect(run: Run, kinds: dict, detectors: list, floor=False) -> Collected:
 
 
 def held_out_losses(run, real):
-    with torch.no_grad(), sample.autocast(run.device, run.cfg.train.precision):
+    with torch.no_grad(), autocast(run.device, run.cfg.train.precision):
         return validate(run.model, run.tokenizer.encode(real[:, : run.cfg.data.frames].to(run.device)), run.cfg.seed)
 
 

@@ -7,7 +7,6 @@
 Writes samples.npz, samples.mp4, grid.png (truth above sample) and steps.png (how one frame comes about).
 """
 
-import contextlib
 import math
 import os
 import sys
@@ -21,10 +20,12 @@ from tqdm import tqdm
 
 import config
 import data
+import storage
 import tokenizer as vae
 from canvas import Cache, CanvasMAR, clip_generator
 from config import UserError
 from diffloss import solve
+from machine import autocast, pick_device
 from mar import motion_order, random_order, reveal_schedule
 from video import read_ending, to_uint8
 
@@ -128,22 +129,7 @@ def continue_clips(model, tokenizer, context, opts, seed, clips, progress=False)
     return torch.cat([context, video], dim=1), frames
 
 
-# ------------------------------------------------------------------------------------------------ devices, checkpoints
-
-
-def pick_device(name: str) -> torch.device:
-    """auto | cuda | mps | cpu -> a device. Raises UserError if what is asked for is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, has in there.items() if has)
-    if not there[name]:
-        raise UserError(f"device={name}, but this machine has none that torch can use; set device=auto or device=cpu")
-    return torch.device(name)
-
-
-def autocast(device: torch.device, precision: str):
-    """bf16 where the precision says so; everything else stays as it is."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+# --------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def run_folder(path) -> Path:
@@ -154,13 +140,12 @@ def run_folder(path) -> Path:
 def load_run(path, device) -> tuple[config.Config, CanvasMAR, vae.Tokenizer]:
     """A run folder or a checkpoint file -> (configuration, model with the averaged weights, its tokenizer).
 
-    Raises UserError if a file is missing, damaged, of another kind, or the tokenizer is not the one trained with.
+    Of a folder it is latest.pt, or where that is damaged the checkpoint before it, which is said on stderr. Raises UserError if a file is missing, damaged, of another kind, or the tokenizer is not the one trained with.
     """
-    path = Path(path)
-    file = path / "latest.pt" if path.is_dir() else path
-    if path.is_dir() and not file.exists():
+    file, keys = Path(path), ("config", "tokenizer", "ema")
+    file, stored = storage.newest(file, "", "model", keys) if file.is_dir() else (file, storage.read(file, "model", keys))
+    if file is None:
         raise UserError(f"{path} holds no latest.pt; is the training still at the tokenizer?")
-    stored = vae.read_checkpoint(file, "model", ("config", "tokenizer", "ema"))
     cfg = config.from_dict(stored["config"], where=str(file))
     beside = file.parent / "config.yaml"
     if beside.exists():  # where the videos are now, and what to sample, may have been edited since
@@ -171,7 +156,7 @@ def load_run(path, device) -> tuple[config.Config, CanvasMAR, vae.Tokenizer]:
     if tokenizer.fingerprint() != stored["tokenizer"]:
         raise UserError(f"{file.parent / 'tokenizer.pt'} is not the tokenizer that {file} was trained with")
     model = CanvasMAR(cfg)
-    vae.load_state(model, stored["ema"], file)
+    storage.load_state(model, stored["ema"], file)
     return cfg, model.to(device).eval().requires_grad_(False), tokenizer
 
 
@@ -247,7 +232,7 @@ def write_mp4(video, path, fps=8, scale=4):
 
 def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, device, progress=True):
     """Continue each clip of `videos` (clips, >= context, 3, H, W) and write the four files into the folder `out`."""
-    out, opts = make_folder(out), cfg.sample
+    out, opts = storage.make_folder(out), cfg.sample
     samples, first = [], None
     with autocast(device, cfg.train.precision):
         for begin in range(0, len(videos), batch):
@@ -265,15 +250,6 @@ def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, de
         draw_steps(first, tokenizer, samples, truth, opts.context, out / "steps.png")
     draw_grid(samples, truth, opts.context, out / "grid.png")
     write_mp4(samples, out / "samples.mp4")
-
-
-def make_folder(path) -> Path:
-    """The folder, made if need be. Raises UserError where it cannot be."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
-    return Path(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- CLI
@@ -321,7 +297,7 @@ def main():
     else:
         source = data.open_source(cfg.data, cfg.seed, "test", opts.frames, run_folder(args.ckpt) / "index.json")
         videos = torch.stack([source.clip(i) for i in data.spread(source, opts.clips)])
-    out = make_folder(args.out or run_folder(args.ckpt) / "samples")
+    out = storage.make_folder(args.out or run_folder(args.ckpt) / "samples")
     write_samples(out, cfg, model, tokenizer, videos, not args.video, seed, args.batch, device)
     print(f"wrote samples.npz, samples.mp4, grid.png and steps.png to {out}")
 

@@ -6,8 +6,6 @@ a pretrained VAE; this small one, trained by `train.py` on the user's own frames
 
 import hashlib
 import math
-import os
-import warnings
 from dataclasses import asdict
 
 import torch
@@ -16,6 +14,7 @@ from einops import rearrange
 from torch import nn
 
 import config
+import storage
 from config import UserError
 
 
@@ -101,49 +100,16 @@ def _out(width, out):
 
 def save(tokenizer: Tokenizer, path) -> None:
     """Write weights, statistics and settings; `load` reads them."""
-    write_checkpoint({"kind": "tokenizer", "config": asdict(tokenizer.cfg), "state": tokenizer.state_dict()}, path)
+    storage.write({"kind": "tokenizer", "config": asdict(tokenizer.cfg), "state": tokenizer.state_dict()}, path)
 
 
 def load(path, device="cpu", expect: config.Tokenizer | None = None) -> Tokenizer:
     """Read a tokenizer.pt. Raises UserError if it is missing, damaged, something else, or not of the expected sizes."""
-    stored = read_checkpoint(path, "tokenizer", ("config", "state"))
+    stored = storage.read(path, "tokenizer", ("config", "state"))
     cfg = config.fill(config.Tokenizer, stored["config"], "tokenizer.", str(path))
     for key in ("stride", "channels", "width") if expect else ():
         if getattr(cfg, key) != getattr(expect, key):
             raise UserError(f"{path} has tokenizer.{key}={getattr(cfg, key)}, the configuration says {getattr(expect, key)}")
     tokenizer = Tokenizer(cfg)
-    load_state(tokenizer, stored["state"], path)
+    storage.load_state(tokenizer, stored["state"], path)
     return tokenizer.to(device).eval().requires_grad_(False)
-
-
-def write_checkpoint(stored: dict, path) -> None:
-    """Write tensors and plain values aside, flush them to the disk, then rename: a crash leaves the file before whole."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(stored, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def read_checkpoint(path, kind: str, keys=()) -> dict:
-    """Load a .pt file of this project as tensors and plain values (no code is run). Raises UserError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of odd pickles before it refuses them
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}") from None
-    except Exception as error:  # torch raises many types for damaged files
-        why = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"{path} is damaged or no checkpoint of this project ({why})") from None
-    if not isinstance(stored, dict) or stored.get("kind") != kind or any(key not in stored for key in keys):
-        raise UserError(f"{path} is not a {kind} checkpoint of this project")
-    return stored
-
-
-def load_state(module, state, path) -> None:
-    """module.load_state_dict(state) that says which file does not fit. Raises UserError."""
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"{path} does not fit this configuration ({str(error).splitlines()[-1].strip()[:150]})") from None

@@ -9,16 +9,10 @@ Everything goes to the folder `run` of the configuration. The same command goes 
 
 import contextlib
 import copy
-import ctypes
-import json
 import math
-import os
-import shutil
-import signal
+import re
 import sys
-import time
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Callable
 
@@ -30,143 +24,81 @@ from tqdm import tqdm
 import config
 import data
 import sample
+import storage
 import tokenizer as vae
 from canvas import CanvasMAR, clip_generator, validate
-from config import Config, UserError
+from config import Config, UserError, warn
+from machine import Machine, autocast, pick_precision, start
 from video import to_uint8
 
 LOG_EVERY, HELD_OUT = 10, 32  # steps between lines of metrics.jsonl; test clips behind the validation figures
 
 
 def main():
-    """Both stages, then samples. Exit status 128 + signal when stopped by SIGINT or SIGTERM. Raises UserError."""
+    """Both stages, then samples. Exit status 128 + signal when stopped by a signal. Raises UserError."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise UserError("usage: train.py CONFIG.yaml [key.sub=value ...]")
     cfg = config.load(sys.argv[1], sys.argv[2:])
-    machine = start_machine(cfg)
-    try:
-        cfg = open_run(cfg, machine)
+    machine = start(cfg)
+    with contextlib.ExitStack() as stack:  # what is undone at the end, however it comes
+        stack.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
+        cfg = machine.first(lambda: open_run(cfg, machine, stack))
         source, test = open_data(cfg, machine)
         held_out = torch.stack([test.clip(i) for i in data.spread(test, HELD_OUT)])
         tokenizer = train_tokenizer(cfg, machine, source, held_out)
         model = train_model(cfg, machine, source, held_out, tokenizer)
-        if machine.rank == 0:
+
+        def draw():
             clips = torch.stack([test.clip(i)[: cfg.sample.frames] for i in data.spread(test, cfg.sample.clips)])
             out = Path(cfg.run) / "samples"
             sample.write_samples(out, cfg, model, tokenizer, clips, True, cfg.seed, 64, machine.device)
             print(f"done: samples and pictures are in {out}, curves in {Path(cfg.run) / 'curves.png'}")
-        barrier()  # nobody leaves while another still needs the connection
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+        machine.first(draw)
 
 
 def open_data(cfg: Config, machine):
-    """The train and test sources. Rank 0 goes first, so that only it makes the index of a folder of videos; the others wait
-    for as long as reading a large tree may take."""
-    turn = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if machine.ranks > 1 else None
-    if machine.rank > 0:
-        dist.barrier(turn)
+    """The train and test sources. Rank 0 goes first, so that only it makes the index of a folder of videos."""
     frames, cache = {"train": cfg.data.frames, "test": max(cfg.data.frames, cfg.sample.frames)}, Path(cfg.run) / "index.json"
-    sources = [data.open_source(cfg.data, cfg.seed, split, frames[split], cache) for split in data.SPLITS]
-    if machine.ranks > 1 and machine.rank == 0:
-        dist.barrier(turn)
-    return sources
+    open_both = lambda: [data.open_source(cfg.data, cfg.seed, split, frames[split], cache) for split in data.SPLITS]
+    sources = []
+    machine.first(lambda: sources.extend(open_both()))
+    return sources or open_both()
 
 
-# ---------------------------------------------------------------------------------------- the machine, the run's folder
+# ---------------------------------------------------------------------------------------------------- the run's folder
 
-
-@dataclass
-class Machine:
-    device: torch.device
-    rank: int
-    ranks: int
-    busy: bool = False  # in the training loop, which ends its step and saves before it stops
-    stopped: int = 0  # the signal that asked us to stop
-
-
-def start_machine(cfg: Config) -> Machine:
-    """Choose the device, join the other processes if torchrun started several, listen for SIGINT and SIGTERM."""
-    rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = sample.pick_device(cfg.device)
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} has no GPU of its own: there are {torch.cuda.device_count()}; start fewer processes")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    elif device.type == "cpu":
-        keep_freed_memory()
-    if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    machine = Machine(device, rank, ranks)
-
-    def stop(number, _frame):
-        if not machine.busy or machine.stopped:
-            sys.exit(128 + number)
-        machine.stopped = number
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    return machine
-
-
-def keep_freed_memory():
-    """Tell glibc to keep large freed blocks: a training step frees and asks for the same ones again, and getting fresh
-    pages from the kernel each time is slow. Does nothing elsewhere."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):  # M_MMAP_THRESHOLD; its documented limit is the second
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-# What may change when a run goes on: it does not touch what has been learned so far.
-FREE = ("run", "device", "data.path", "data.workers", "tokenizer.checkpoint", "train.steps", "train.compile",
+# What may change when a run goes on (and is then said): it does not touch what has been learned so far.
+FREE = ("run", "device", "data.path", "data.workers", "tokenizer.checkpoint", "tokenizer.lr", "train.steps", "train.compile", "train.lr", "train.clip",
         "train.save_every", "train.preview_every", "train.keep", "train.batch", "train.accumulate", "train.precision")  # fmt: skip
 
 
-def open_run(cfg: Config, machine: Machine) -> Config:
-    """Make the run's folder, or check that the one there was made with the same configuration. Returns cfg, resolved."""
+def open_run(cfg: Config, machine: Machine, stack) -> Config:
+    """Lock the run's folder; if something was learned there, check that it was with the same configuration. Returns cfg
+    with its precision decided."""
     folder, file = Path(cfg.run), Path(cfg.run) / "config.yaml"
-    if file.resolve() == Path(sys.argv[1]).resolve() and not (folder / "metrics.jsonl").exists():
+    tokenizer, model = (any(folder.glob(f"{kind}*.pt")) for kind in ("tokenizer", "[ls]"))  # latest.pt, step_*.pt
+    if file.resolve() == Path(sys.argv[1]).resolve() and not (tokenizer or model):
         raise UserError(f"run={cfg.run} is the folder of {sys.argv[1]} itself, which would be overwritten; choose another")
-    old = config.load(file) if file.exists() else None
-    precision = pick_precision(cfg, machine, old)
-    cfg = replace(cfg, train=replace(cfg.train, precision=precision))
+    stack.enter_context(storage.lock(folder))
+    old = config.load(file) if file.exists() and (tokenizer or model) else None
+    cfg = replace(cfg, train=replace(cfg.train, precision=pick_precision(cfg, machine, old)))
     if old:
-        there, now = config.flat(old), config.flat(cfg)
-        differ = [k for k in now if now[k] != there[k] and k not in FREE and not k.startswith("sample.")]
-        if differ:
-            what = ", ".join(f"{k} ({there[k]} there, {now[k]} now)" for k in differ)
-            raise UserError(f"{folder} was made with another configuration: {what}; set run= to another folder")
-    barrier()  # all have looked
-    if machine.rank == 0 and not old:
-        config.save(cfg, sample.make_folder(folder) / "config.yaml")
+        changed = compare(old, cfg, folder, ("",) if model else ("data.", "tokenizer.", "seed"))
+        if changed:
+            print(f"{folder} goes on with {changed}", file=sys.stderr)
     return cfg
 
 
-def pick_precision(cfg: Config, machine: Machine, old: Config | None) -> str:
-    """Resolve train.precision=auto: as the run has decided already, else bf16 on a GPU that has it, else on a CPU by timing
-    a small training step both ways."""
-    device, asked = machine.device, cfg.train.precision
-    if asked != "auto" or device.type == "mps":
-        return asked.replace("auto", "fp32")
-    if old:
-        return old.train.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    net = nn.Sequential(nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96), nn.LayerNorm(96))
-    x, seconds = torch.randn(4096, 96), {}
-    for precision in ("fp32", "bf16", "fp32", "bf16"):  # the first two warm up
-        begin = time.perf_counter()
-        for _ in range(10):
-            with sample.autocast(device, precision):
-                net(x).float().sum().backward()
-        seconds[precision] = time.perf_counter() - begin
-    slow = torch.tensor(seconds["bf16"] > 0.9 * seconds["fp32"])
-    if machine.ranks > 1:
-        dist.broadcast(slow, 0)  # one decision for all processes
-    return "fp32" if slow else "bf16"
+def compare(old: Config, cfg: Config, where, bound=("",)) -> str:
+    """What differs, in words. Raises UserError if that is more than may change; only keys that begin with one of `bound` count."""
+    there, now = config.flat(config.to_dict(old)), config.flat(config.to_dict(cfg))
+    differ = [k for k in now if now[k] != there[k] and k != "run" and not k.startswith("sample.")]
+    refused = [k for k in differ if k not in FREE and k.startswith(bound)]
+    if refused:
+        what = ", ".join(f"{k} ({there[k]} there, {now[k]} now)" for k in refused)
+        raise UserError(f"{where} was made with another configuration: {what}; set run= to another folder")
+    return ", ".join(f"{k}={now[k]} ({there[k]} before)" for k in differ)
 
 
 # ---------------------------------------------------------------------------------------------------------- two stages
@@ -177,7 +109,7 @@ class Stage:
     """What the training loop needs to know of the tokenizer or the model."""
 
     kind: str  # "tokenizer-training" or "model", as written in its checkpoints
-    file: str  # its latest checkpoint
+    prefix: str  # of the names of its checkpoints
     net: nn.Module  # forward(*args) -> (loss, logs)
     args: Callable  # (clips, positions) -> the arguments of forward
     steps: int
@@ -191,10 +123,17 @@ class Stage:
 def train_tokenizer(cfg: Config, machine: Machine, source, held_out) -> vae.Tokenizer:
     """The tokenizer that is there already, or named by tokenizer.checkpoint; else train one and write tokenizer.pt."""
     t, file = cfg.tokenizer, Path(cfg.run) / "tokenizer.pt"
-    if t.checkpoint and not file.exists() and machine.rank == 0:
-        vae.save(vae.load(t.checkpoint, expect=t), file)
-    barrier()
-    if file.exists():
+
+    def adopt():
+        named = vae.load(t.checkpoint, expect=t) if t.checkpoint and (not file.exists() or Path(t.checkpoint).exists()) else None
+        if named and not file.exists():
+            config.save(cfg, Path(cfg.run) / "config.yaml")
+            vae.save(named, file)
+        elif named and named.fingerprint() != vae.load(file).fingerprint():
+            raise UserError(f"{file} is another tokenizer than tokenizer.checkpoint={t.checkpoint}; set run= to another folder")
+        return file.exists()
+
+    if machine.first(adopt):
         return vae.load(file, machine.device, expect=t)
     torch.manual_seed(cfg.seed)
     net = vae.Tokenizer(t).to(machine.device, memory_format=torch.channels_last)
@@ -211,14 +150,16 @@ def train_tokenizer(cfg: Config, machine: Machine, source, held_out) -> vae.Toke
         sample.figure(rows, [], ["frame", "through VAE"], picture_path(cfg, f"tokenizer_{step:06d}.png"))
         return {"held_out_psnr": -10 * math.log10((again - x).square().mean().item() / 4)}
 
-    stage = Stage("tokenizer-training", "tokenizer_latest.pt", net, args, t.steps, t.batch, 1, t.lr, preview, {})
-    net = fit(cfg, machine, source, stage)
-    stream = data.Stream(source, cfg.seed)
-    net.measure_statistics(torch.stack([stream[i * 16 + j][0] for j in range(16)]).to(machine.device) for i in range(16))
-    if machine.rank == 0:
+    def finish():
+        stream = data.Stream(source, cfg.seed)
+        net.measure_statistics(torch.stack([stream[i * 16 + j][0] for j in range(16)]).to(machine.device) for i in range(16))
         vae.save(net, file)
-        (Path(cfg.run) / stage.file).unlink(missing_ok=True)
-    barrier()
+        for done in (Path(cfg.run) / "tokenizer_latest.pt", *storage.steps(cfg.run, "tokenizer_")):
+            done.unlink()
+
+    stage = Stage("tokenizer-training", "tokenizer_", net, args, t.steps, t.batch, 1, t.lr, preview, {})
+    net = fit(cfg, machine, source, stage)
+    machine.first(finish)
     return vae.load(file, machine.device, expect=t)
 
 
@@ -243,8 +184,8 @@ def train_model(cfg: Config, machine: Machine, source, held_out, tokenizer) -> C
         sample.draw_steps(frames, tokenizer, video, truth, opts.context, picture_path(cfg, f"steps_{step:06d}.png"))
         return validate(ema, latents, cfg.seed)
 
-    t, extra = cfg.train, {"config": config.to_dict(cfg), "tokenizer": tokenizer.fingerprint()}
-    return fit(cfg, machine, source, Stage("model", "latest.pt", model, args, t.steps, t.batch, t.accumulate, t.lr, preview, extra))
+    t, extra = cfg.train, {"tokenizer": tokenizer.fingerprint()}
+    return fit(cfg, machine, source, Stage("model", "", model, args, t.steps, t.batch, t.accumulate, t.lr, preview, extra))
 
 
 def picture_path(cfg, name):
@@ -262,60 +203,100 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
     What decides the future is in the checkpoint (weights, average, optimizer, step) or follows from (seed, position).
     """
     t, device, net = cfg.train, machine.device, stage.net
+    stage.extra |= {"config": config.to_dict(cfg), "data": data.fingerprint(source), "clips_per_step": machine.ranks * stage.batch * stage.accumulate}
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = make_optimizer(net, stage.lr, t.weight_decay, device)
     first = resume(cfg, machine, stage, ema, optimizer)
-    if machine.rank == 0:
-        config.save(cfg, Path(cfg.run) / "config.yaml")  # what may change may have changed
     use_compile = t.compile == "true" or (t.compile == "auto" and device.type == "cuda")
     wrapped = torch.compile(net) if use_compile else net
     if machine.ranks > 1:
         wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
     a = stage.accumulate
     batches = iter(data.loader(source, cfg.seed, stage.batch, first * a, stage.steps * a, machine.rank, machine.ranks, cfg.data.workers))
+    bad = torch.zeros((), dtype=torch.long, device=device)  # the first step that was not finite
     bar = tqdm(total=stage.steps, initial=first, desc=stage.kind.split("-")[0], unit="step", disable=machine.rank > 0)
     net.train()
-    machine.busy = True
-    for step in range(first + 1, stage.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = stage.lr * lr_share(step, t.warmup, stage.steps)
-        logs = backward(cfg, machine, stage, wrapped, batches)
-        norm = nn.utils.clip_grad_norm_(net.parameters(), t.clip if t.clip > 0 else math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update_ema(ema, net, ema_decay(step, t.ema))
-        bar.update()
-        if step % LOG_EVERY == 0 or step == stage.steps:
-            line = log(cfg, machine, stage, step, logs | {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]})
-            bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if k in ("psnr", "diffusion", "canvas")})
-        stop = should_stop(machine, step)
-        if (step % t.preview_every == 0 or step == stage.steps) and machine.rank == 0:
-            with torch.no_grad(), sample.autocast(device, t.precision):
-                log(cfg, None, stage, step, stage.preview(ema, step))
-            draw_curves(cfg)
-        if step % t.save_every == 0 or step == stage.steps or stop:
-            save(cfg, machine, stage, ema, optimizer, step)
-        if stop and step < stage.steps:
-            bar.close()
-            if machine.rank == 0:
-                print(f"stopped at step {step} of {stage.steps}; the same command goes on from there", file=sys.stderr)
-            sys.exit(128 + stop)
-    machine.busy = False
-    bar.close()
+    with in_words(cfg, machine, stage), bar:
+        for step in range(first + 1, stage.steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = stage.lr * lr_share(step, t.warmup, stage.steps)
+            loss, logs = backward(cfg, machine, stage, wrapped, batches)
+            norm = nn.utils.clip_grad_norm_(net.parameters(), t.clip if t.clip > 0 else math.inf)
+            bad = torch.where((bad == 0) & ~torch.isfinite(loss + norm), step, bad)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            update_ema(ema, net, ema_decay(step, t.ema))
+            bar.update()
+            stop, last = machine.largest(machine.stopped), step == stage.steps
+            due = [last or step % every == 0 for every in (LOG_EVERY, t.preview_every, t.save_every)]
+            if any(due) or stop:
+                refuse_not_finite(cfg, machine, stage, bad)
+            if due[0]:
+                line = log(cfg, machine, stage, step, logs | {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]})
+                bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if k in ("psnr", "diffusion", "canvas")})
+            if due[1] and machine.rank == 0:
+                with torch.no_grad(), autocast(device, t.precision):
+                    storage.append_metrics(cfg.run, stage.kind, step, stage.preview(ema, step))
+                storage.draw_curves(cfg.run)
+            if (due[2] or stop) and machine.rank == 0:
+                parts = {"net": net, "ema": ema, "optimizer": optimizer}
+                state = {"kind": stage.kind, "step": step, **stage.extra, **{k: part.state_dict() for k, part in parts.items()}}
+                storage.keep(state, cfg.run, stage.prefix, t.keep)
+            if stop and not last:
+                bar.close()
+                if machine.rank == 0:
+                    print(f"stopped at step {step} of {stage.steps}; the same command goes on from there", file=sys.stderr)
+                sys.exit(128 + stop)
     return ema
 
 
 def backward(cfg, machine, stage, wrapped, batches):
-    """Add up the gradients of `accumulate` batches, so that they equal those of one large batch."""
+    """Add up the gradients of `accumulate` batches, so that they equal those of one large batch. Returns their mean loss
+    and the logs of the last."""
+    total = 0.0
     for part in range(stage.accumulate):
         clips, positions = next(batches)
         args = stage.args(clips.to(machine.device, non_blocking=True), positions.tolist())
         if machine.ranks > 1:
             wrapped.require_backward_grad_sync = part == stage.accumulate - 1
-        with sample.autocast(machine.device, cfg.train.precision):
+        with autocast(machine.device, cfg.train.precision):
             loss, logs = wrapped(*args)
         (loss / stage.accumulate).backward()
-    return logs
+        total = total + loss.detach() / stage.accumulate
+    return total, logs
+
+
+@contextlib.contextmanager
+def in_words(cfg, machine, stage):
+    """The training loop: signals are heeded after a step, and what can befall it from outside becomes a sentence."""
+    machine.busy = True
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if re.search(r"DataLoader worker \(pid", text):
+            why = f"a process that prepares data died ({text[:150]}); often memory is short, then fewer data.workers or data.workers=0 help"
+        elif machine.ranks > 1 and (isinstance(error, dist.DistError) or "gloo" in text.lower()):
+            why = f"process {machine.rank} lost another one, which has failed or was killed ({text[:100]})"
+        else:
+            raise
+        raise UserError(f"{why}; the same command goes on: {last_checkpoint(cfg, stage)}") from None
+    finally:
+        machine.busy = False
+
+
+def refuse_not_finite(cfg, machine, stage, bad):
+    """Stop where a loss or a gradient was not finite: nothing is saved after it. Raises UserError."""
+    step = machine.largest(int(bad))
+    if step:
+        lr = "train.lr" if stage.kind == "model" else "tokenizer.lr"
+        raise UserError(f"the loss or its gradient is not finite at step {step} of {stage.steps}; {last_checkpoint(cfg, stage)}. "
+                        f"Try a smaller {lr} or train.clip, or train.precision=fp32: these may change when a run goes on")  # fmt: skip
+
+
+def last_checkpoint(cfg, stage) -> str:
+    there = storage.steps(cfg.run, stage.prefix)
+    return f"the last good checkpoint is {there[0]}" if there else "there is no checkpoint of this stage yet"
 
 
 def make_optimizer(net, lr, weight_decay, device):
@@ -345,121 +326,62 @@ def update_ema(ema, net, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
-def should_stop(machine, step) -> int:
-    """The signal that any process received, the same on all of them; several processes ask each other now and then."""
-    if machine.ranks == 1:
-        return machine.stopped
-    if step % LOG_EVERY:
-        return 0
-    stopped = torch.tensor(machine.stopped, device=machine.device)
-    dist.all_reduce(stopped, op=dist.ReduceOp.MAX)
-    return int(stopped)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints, metrics
-
-
-def save(cfg, machine, stage, ema, optimizer, step):
-    """Write the stage's checkpoint (aside, then renamed) and keep the last `train.keep` of the model by step."""
-    if machine.rank > 0:
-        return
-    state = {
-        "kind": stage.kind, "step": step, "clips_per_step": clips_per_step(machine, stage), **stage.extra,
-        "net": stage.net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-    }  # fmt: skip
-    folder = Path(cfg.run)
-    vae.write_checkpoint(state, folder / stage.file)
-    if stage.kind == "model":
-        kept = folder / f"step_{step:08d}.pt"
-        kept.unlink(missing_ok=True)
-        try:
-            os.link(folder / stage.file, kept)  # the same bytes under a second name
-        except OSError:  # a file system without hard links
-            shutil.copyfile(folder / stage.file, kept)
-        for old in sorted(folder.glob("step_*.pt"))[: -cfg.train.keep]:
-            old.unlink()
+# ------------------------------------------------------------------------------------------------ going on, and metrics
 
 
 def resume(cfg, machine, stage, ema, optimizer) -> int:
-    """Load the stage's checkpoint into net, average and optimizer; returns its step, 0 without one."""
-    file = Path(cfg.run) / stage.file
-    if not file.exists():
-        if machine.rank == 0:
-            forget_metrics(cfg, stage, 0)
+    """Load the stage's newest whole checkpoint into net, average and optimizer; returns its step, 0 without one. From here
+    on the folder belongs to this configuration."""
+    keys = ("step", "config", "data", "clips_per_step", "net", "ema", "optimizer")
+    found = []
+
+    def look():
+        found.extend(storage.newest(cfg.run, stage.prefix, stage.kind, keys, set_aside=True))
+        if found[0]:
+            check_stored(cfg, stage, *found)
+        storage.forget_metrics(cfg.run, stage.kind, found[1]["step"] if found[0] else 0)
+        config.save(cfg, Path(cfg.run) / "config.yaml")  # what may change may have changed
+        return found[0]
+
+    file = machine.first(look)
+    if file is None:
         return 0
-    stored = vae.read_checkpoint(file, stage.kind, ("step", "clips_per_step", "net", "ema", "optimizer"))
-    if stored.get("tokenizer") != stage.extra.get("tokenizer"):
-        raise UserError(f"{file} was trained with another tokenizer than {Path(cfg.run) / 'tokenizer.pt'}")
-    now = clips_per_step(machine, stage)
-    if stored["clips_per_step"] != now:
-        raise UserError(f"{file} was trained with {stored['clips_per_step']} clips a step (processes x batch x accumulate), "
-                        f"now it would be {now}; choose train.batch and train.accumulate so that the product stays")  # fmt: skip
+    stored = found[1] if found else storage.read(file, stage.kind, keys)
     for part, state in ((stage.net, "net"), (ema, "ema"), (optimizer, "optimizer")):
-        vae.load_state(part, stored[state], file)
-    if machine.rank == 0:
-        forget_metrics(cfg, stage, stored["step"])
+        storage.load_state(part, stored[state], file)
+    for p in stage.net.parameters():  # torch does not compare these
+        moments = optimizer.state[p] if isinstance(optimizer.state[p], dict) else {}
+        if any(getattr(moments.get(name), "shape", None) != p.shape for name in ("exp_avg", "exp_avg_sq")):
+            raise UserError(f"{file} does not fit this configuration (the optimizer's state is of another model)")
     return stored["step"]
 
 
-def clips_per_step(machine, stage):
-    return machine.ranks * stage.batch * stage.accumulate
-
-
-def forget_metrics(cfg, stage, step):
-    """Drop what metrics.jsonl says of this stage after `step`: it is about to be done again."""
-    file, lines = Path(cfg.run) / "metrics.jsonl", read_metrics(cfg)
-    keep = [line for line in lines if line["stage"] != stage.kind or line["step"] <= step]
-    if file.exists():
-        file.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in keep))
-        os.replace(file.with_suffix(".tmp"), file)
-
-
-def read_metrics(cfg) -> list[dict]:
-    """The lines of metrics.jsonl; one that a crash cut short is left out."""
-    file, lines = Path(cfg.run) / "metrics.jsonl", []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
+def check_stored(cfg, stage, file, stored):
+    """Whether a checkpoint is of this run. Raises UserError; of other data it only warns: they may have grown on purpose."""
+    compare(config.from_dict(stored["config"], where=str(file)), cfg, file)
+    if stored.get("tokenizer") != stage.extra.get("tokenizer"):
+        raise UserError(f"{file} was trained with another tokenizer than {Path(cfg.run) / 'tokenizer.pt'}")
+    if stored["clips_per_step"] != stage.extra["clips_per_step"]:
+        raise UserError(f"{file} was trained with {stored['clips_per_step']} clips a step (processes x batch x accumulate), now it would be "
+                        f"{stage.extra['clips_per_step']}; choose train.batch and train.accumulate so that the product stays")  # fmt: skip
+    if type(stored["step"]) is not int or not 0 < stored["step"] <= stage.steps:
+        raise UserError(f"{file} is at step {stored['step']} already, and this run is to have {stage.steps}")
+    if stored["data"] != stage.extra["data"]:
+        warn(f"the training data have changed since {file} ({stored['data']} then, {stage.extra['data']} now): "
+             "from here on the clips are others than in an unbroken run")  # fmt: skip
 
 
 def log(cfg, machine, stage, step, values) -> dict:
-    """Append a line to metrics.jsonl (rank 0). With a Machine, average the tensors among `values` over its ranks."""
+    """Append a line to metrics.jsonl (rank 0), the tensors among `values` averaged over the ranks."""
     names = [k for k, v in values.items() if torch.is_tensor(v)]
-    if names:
-        stacked = torch.stack([values[k].float() for k in names])
-        if machine.ranks > 1:
-            dist.all_reduce(stacked)
-            stacked /= machine.ranks
-        values = values | dict(zip(names, stacked.tolist()))
-    if machine is None or machine.rank == 0:
-        with open(Path(cfg.run) / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"stage": stage.kind, "step": step, **values}) + "\n")
+    stacked = torch.stack([values[k].float() for k in names])
+    if machine.ranks > 1:
+        dist.all_reduce(stacked)
+        stacked /= machine.ranks
+    values = values | dict(zip(names, stacked.tolist()))
+    if machine.rank == 0:
+        storage.append_metrics(cfg.run, stage.kind, step, values)
     return values
-
-
-def draw_curves(cfg):
-    """curves.png: every number of metrics.jsonl against the step, one row a stage."""
-    from matplotlib.figure import Figure
-
-    lines = read_metrics(cfg)
-    stages = list(dict.fromkeys(line["stage"] for line in lines))
-    panels = {"tokenizer-training": [("psnr", "held_out_psnr"), ("kl",), ("lr",)],
-              "model": [("diffusion", "canvas", "copy"), ("diffusion@",), ("grad_norm",)]}  # fmt: skip
-    fig = Figure(figsize=(12, 3.2 * len(stages)), layout="constrained")
-    for row, stage in zip(fig.subplots(len(stages), 3, squeeze=False), stages):
-        for ax, names in zip(row, panels[stage]):
-            keys = dict.fromkeys(k for line in lines if line["stage"] == stage for k in line)
-            for key in (k for k in keys if any(k == n or (n.endswith("@") and k.startswith(n)) for n in names)):
-                points = [(line["step"], line[key]) for line in lines if line["stage"] == stage and key in line]
-                ax.plot(*zip(*points), label=key, linewidth=1, marker="." if len(points) < 30 else None)
-            ax.set_xlabel(f"{stage.split('-')[0]} step"), ax.legend(fontsize=7), ax.grid(alpha=0.3)
-    fig.savefig(Path(cfg.run) / "curves.png", dpi=90)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import UserError, require
+from config import UserError, require, warn
 
 NAMED = 20  # warnings that name a file, a run; the index file names all
 VIDEO_FILES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv",
@@ -284,12 +283,6 @@ def read_ending(path, size: int, frames: int, stride: int) -> torch.Tensor:
         return to_tensor(read_frames(path, times, range(len(times) - need, len(times), stride), size))
     except Unreadable as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def warn(text, everywhere=False):
-    """A line on stderr; what all processes find, the first of them says."""
-    if everywhere or os.environ.get("RANK", "0") == "0":
-        print("warning: " + " ".join(text.split()), file=sys.stderr)
 
 
 # -------------------------------------------------------------------------------------------------------------- pixels

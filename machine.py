@@ -1,0 +1,151 @@
+"""Where it runs: device and precision, the processes that torchrun starts, and the signals that end them."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from config import Config, UserError
+
+
+@dataclass
+class Machine:
+    """One of the processes that train together, and what they tell each other beside gradients."""
+
+    device: torch.device
+    rank: int
+    ranks: int
+    group: dist.ProcessGroup | None = None  # over the CPU, and patient: reading a large tree of videos may take hours
+    busy: bool = False  # in the training loop, which ends its step and saves before it stops
+    stopped: int = 0  # the signal that asked us to stop
+    asked: float = 0.0  # and when
+
+    def first(self, work: Callable):
+        """work() on rank 0 while the others wait. Its result on all of them; if it fails, rank 0 says why and all end."""
+        result = failure = None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        if self.ranks > 1:
+            told = [result, failure is not None]
+            dist.broadcast_object_list(told, group=self.group)
+            if told[1] and self.rank > 0:
+                sys.exit(2)
+            result = told[0]
+        if failure:
+            raise failure
+        return result
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.ranks > 1:
+            numbers = torch.tensor(number)
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.group)
+            number = int(numbers)
+        return number
+
+
+def start(cfg: Config) -> Machine:
+    """Choose the device, join the other processes if torchrun started several, listen for the signals that end a process."""
+    rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = pick_device(cfg.device)
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} has no GPU of its own: there are {torch.cuda.device_count()}; start fewer processes")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    elif device.type == "cpu":
+        keep_freed_memory()
+    machine = Machine(device, rank, ranks)
+    if ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=meet(rank, ranks), rank=rank, world_size=ranks)
+        machine.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+
+    def stop(number, _frame):
+        again = machine.stopped and time.monotonic() > machine.asked + 2  # torchrun passes a ctrl-c on a second time
+        if not machine.busy or again:
+            sys.exit(128 + number)
+        if not machine.stopped:
+            machine.stopped, machine.asked = number, time.monotonic()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
+        signal.signal(signal.SIGHUP, stop)
+    return machine
+
+
+def meet(rank: int, ranks: int) -> dist.Store:
+    """A store that only the processes of this attempt write to.
+
+    torchrun keeps one store for all its restarts, and in it the addresses of processes that are gone are taken for those of
+    the new ones (PyTorch issue 135712). So everyone says hello under a new name until rank 0, which cannot tell old names
+    from new ones and answers all, has everyone's thanks for the answer.
+    """
+    store, name = next(dist.rendezvous("env://"))[0], uuid.uuid4().hex
+    store.set(f"hello {rank}", name)
+    while rank == 0 and not store.check([f"thanks {name} {r}" for r in range(1, ranks)]):
+        for r in range(1, ranks):
+            store.set(f"welcome {store.get(f'hello {r}').decode()}", name)
+        time.sleep(0.05)
+    if rank > 0:
+        name = store.get(f"welcome {name}").decode()
+        store.set(f"thanks {name} {rank}", "")
+    return dist.PrefixStore(name, store)
+
+
+def keep_freed_memory():
+    """Tell glibc to keep large freed blocks: a training step frees and asks for the same ones again, and getting fresh
+    pages from the kernel each time is slow. Does nothing elsewhere."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):  # M_MMAP_THRESHOLD; its documented limit is the second
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def pick_device(name: str) -> torch.device:
+    """auto | cuda | mps | cpu -> a device. Raises UserError if what is asked for is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, has in there.items() if has)
+    if not there[name]:
+        raise UserError(f"device={name}, but this machine has none that torch can use; set device=auto or device=cpu")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: str):
+    """bf16 where the precision says so; everything else stays as it is."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def pick_precision(cfg: Config, machine: Machine, old: Config | None) -> str:
+    """Resolve train.precision=auto: as the run has decided already, else bf16 on a GPU that has it, else on a CPU by timing
+    a small training step both ways."""
+    device, asked = machine.device, cfg.train.precision
+    if asked != "auto" or device.type == "mps":
+        return asked.replace("auto", "fp32")
+    if old:
+        return old.train.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    net = nn.Sequential(nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96), nn.LayerNorm(96))
+    x, seconds = torch.randn(4096, 96), {}
+    for precision in ("fp32", "bf16", "fp32", "bf16"):  # the first two warm up
+        begin = time.perf_counter()
+        for _ in range(10):
+            with autocast(device, precision):
+                net(x).float().sum().backward()
+        seconds[precision] = time.perf_counter() - begin
+    return "fp32" if seconds["bf16"] > 0.9 * seconds["fp32"] else "bf16"

@@ -1,0 +1,233 @@
+"""A run's folder: one training at a time, checkpoints that survive any instant, metrics that say each step once.
+
+    with lock("runs/mine"): ...               # a second training in the folder is refused
+    keep(stored, "runs/mine", "", 2)          # step_00000450.pt, and latest.pt, the same file
+    file, stored = newest("runs/mine", "", "model", keys)   # latest.pt, or the one before it where that is damaged
+
+A folder holds config.yaml, tokenizer.pt, latest.pt and step_*.pt (tokenizer_latest.pt, ... while that is trained),
+metrics.jsonl, curves.png, samples/, and for a folder of videos their index.json.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from config import UserError, warn
+
+PATIENCE = 10  # seconds that a lock is waited for: a training that was just killed may still be on its way out
+
+
+def make_folder(path) -> Path:
+    """The folder, made if need be. Raises UserError where it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot make the folder {path!r}: {getattr(error, 'strerror', error)}") from None
+    return Path(path)
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Hold the folder, made if need be, for this process; the lock goes when the process does, however that ends.
+
+    What ends without having written anything leaves no folder behind. Raises UserError if another process holds it.
+    """
+    file = make_folder(folder) / ".lock"
+    held = FileLock(file)
+    try:
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            warn(f"{folder} is in use; waiting {PATIENCE} seconds for it")
+            held.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise UserError(f"another process is training in {folder}; stop it, or set run= to another folder") from None
+    except (OSError, NotImplementedError) as error:
+        warn(f"{folder} cannot be locked ({error}); see to it that nothing else trains there")
+    try:
+        yield
+    finally:
+        if os.listdir(folder) == [file.name]:
+            with contextlib.suppress(OSError):
+                file.unlink()
+                file.parent.rmdir()
+        held.release()
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Damaged(UserError):
+    """A file that is no whole checkpoint: cut short, changed, or something else altogether."""
+
+
+def write(stored: dict, path) -> None:
+    """Write tensors and plain values aside, flush them to the disk, then rename: a crash leaves the file before whole.
+
+    Raises UserError for a full disk and whatever else the machine refuses.
+    """
+    aside = Path(f"{path}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(stored, file)
+            file.flush()
+            os.fsync(file.fileno())
+        rename(aside, path)
+    except (OSError, RuntimeError) as error:
+        cause = error
+        while cause and not isinstance(cause, OSError):  # torch raises a RuntimeError on top of it
+            cause = cause.__context__
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        if cause is None:
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror}; what was saved before is whole, the same command goes on from it") from None
+
+
+def rename(aside, path) -> None:
+    """Put `aside` in the place of `path`, and have the folder's new entry on the disk too."""
+    os.replace(aside, path)
+    flush(Path(path).parent)
+
+
+def flush(path) -> None:
+    """Have a file, or the names in a folder, on the disk. Some file systems, and Windows, flush no folders."""
+    with contextlib.suppress(OSError):
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def read(path, kind: str, keys=()) -> dict:
+    """Load a .pt file of this project as tensors and plain values (no code is run), its checksums compared: torch does
+    not compare them. Raises Damaged, and UserError for a file that is missing or of another kind."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of odd pickles before it refuses them
+            with zipfile.ZipFile(path) as archive:
+                wrong = archive.testzip()
+            if wrong:
+                raise zipfile.BadZipFile(f"the checksum of {wrong} does not match")
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # zipfile and torch raise many types for damaged files
+        why = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise Damaged(f"{path} is damaged or no checkpoint of this project ({why})") from None
+    if not isinstance(stored, dict) or stored.get("kind") != kind or any(key not in stored for key in keys):
+        raise UserError(f"{path} is not a {kind} checkpoint of this project")
+    return stored
+
+
+def load_state(module, state, path) -> None:
+    """module.load_state_dict(state) that says which file does not fit. Raises UserError."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[-1].strip()[:150]
+        raise UserError(f"{path} does not fit this configuration ({why})") from None
+
+
+def keep(stored: dict, folder, prefix: str, count: int) -> None:
+    """Write {prefix}step_N.pt for N = stored["step"], make {prefix}latest.pt the same file, drop all but the last `count`."""
+    file, latest = (Path(folder) / f"{prefix}{name}.pt" for name in (f"step_{stored['step']:08d}", "latest"))
+    flush(Path(folder) / "metrics.jsonl")  # what led to it is on the disk before it is
+    write(stored, file)
+    aside = Path(f"{latest}.tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(file, aside)  # the same bytes under a second name
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, aside)
+        flush(aside)
+    rename(aside, latest)
+    for old in steps(folder, prefix)[count:]:
+        old.unlink()
+
+
+def steps(folder, prefix: str) -> list[Path]:
+    """The numbered checkpoints, the newest first."""
+    return sorted(Path(folder).glob(f"{prefix}step_*.pt"), reverse=True)
+
+
+def newest(folder, prefix: str, kind: str, keys=(), set_aside=False):
+    """(file, contents) of {prefix}latest.pt, or of the last step before it that is whole; (None, None) where there is none.
+
+    Damaged ones are reported, and with `set_aside` renamed to NAME.damaged. Raises UserError if none of several is whole.
+    """
+    files = [file for file in (Path(folder) / f"{prefix}latest.pt", *steps(folder, prefix)) if file.exists()]
+    damaged = {}
+    for file in files:
+        try:
+            stored = read(file, kind, keys)
+        except Damaged as error:
+            damaged[file] = str(error)
+            continue
+        if damaged:
+            warn(f"{'; '.join(damaged.values())}: going on from {file.name} of step {stored.get('step')}")
+        for other in damaged if set_aside else ():
+            other.rename(f"{other}.damaged")
+        return file, stored
+    if damaged:
+        raise UserError(f"{'; '.join(damaged.values())}: no whole checkpoint is left in {folder}; move them away to begin again")
+    return None, None
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def append_metrics(folder, stage: str, step: int, values: dict) -> None:
+    """Add a line to metrics.jsonl."""
+    with open(Path(folder) / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+
+
+def read_metrics(folder) -> list[dict]:
+    """The lines of metrics.jsonl; one that a crash cut short or something else damaged is left out."""
+    file, lines = Path(folder) / "metrics.jsonl", []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("stage"), str) and isinstance(entry.get("step"), int):
+                lines.append(entry)
+    return lines
+
+
+def forget_metrics(folder, stage: str, step: int) -> None:
+    """Drop what metrics.jsonl says of this stage after `step`: it is about to be done again."""
+    file = Path(folder) / "metrics.jsonl"
+    if file.exists():
+        keep = [line for line in read_metrics(folder) if line["stage"] != stage or line["step"] <= step]
+        aside = Path(f"{file}.tmp")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in keep), encoding="utf-8")
+        rename(aside, file)
+
+
+def draw_curves(folder) -> None:
+    """curves.png: the numbers of metrics.jsonl against the step, one row a stage."""
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(folder)
+    panels = {"tokenizer-training": [("psnr", "held_out_psnr"), ("kl",), ("lr",)],
+              "model": [("diffusion", "canvas", "copy"), ("diffusion@",), ("grad_norm",)]}  # fmt: skip
+    stages = [stage for stage in panels if any(line["stage"] == stage for line in lines)]
+    fig = Figure(figsize=(12, 3.2 * len(stages)), layout="constrained")
+    for row, stage in zip(fig.subplots(len(stages), 3, squeeze=False), stages):
+        for ax, names in zip(row, panels[stage]):
+            keys = dict.fromkeys(k for line in lines if line["stage"] == stage for k in line)
+            for key in (k for k in keys if any(k == n or (n.endswith("@") and k.startswith(n)) for n in names)):
+                points = [(line["step"], line[key]) for line in lines if line["stage"] == stage and key in line]
+                ax.plot(*zip(*points), label=key, linewidth=1, marker="." if len(points) < 30 else None)
+            ax.set_xlabel(f"{stage.split('-')[0]} step"), ax.legend(fontsize=7), ax.grid(alpha=0.3)
+    fig.savefig(Path(folder) / "curves.png", dpi=90)
