@@ -1,12 +1,14 @@
-"""What things cost: the loader against decoding whole videos, and the arithmetic and memory of a configuration.
+"""What things cost: the loader against decoding whole videos, a checkpoint, and the arithmetic and memory of a configuration.
 
     python bench.py data                                # clips a second and core, on videos made for it
     python bench.py data --videos DIR                   # on your own
+    python bench.py save config.yaml                    # how long a checkpoint keeps training waiting
     python bench.py cost configs/kinetics600.yaml       # parameters, tokens, FLOPs, memory, GPU hours, without a GPU
 
 Ratios are those of medians over repeats that take turns in one process; clips a second are means, on this machine. --json FILE keeps all figures.
 """
 
+import copy
 import json
 import math
 import os
@@ -26,6 +28,7 @@ import config
 import sample
 import storage
 import tokenizer as vae
+import train
 import video
 from canvas import CanvasMAR, Draws
 from config import UserError
@@ -120,6 +123,39 @@ def encoding_share(args) -> dict:
         seconds["encode"].append(marks[1] - marks[0]), seconds["step"].append(marks[2] - marks[1])
     encode, step = (statistics.median(seconds[k][2:]) for k in ("encode", "step"))
     return share | {"time": encode / (encode + step)}
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def bench_save(args) -> dict:
+    """Seconds of a training step and of writing its checkpoint (serialised, flushed to the disk, renamed), in turns."""
+    cfg = config.load(args.config, args.overrides)
+    device = pick_device(cfg.device)
+    model, tokenizer, x, draws = real_parts(cfg)
+    model, tokenizer, x = model.to(device), tokenizer.to(device), x.to(device)
+    draws = Draws(**{name: value.to(device) for name, value in vars(draws).items()})
+    ema, optimizer = copy.deepcopy(model), train.make_optimizer(model, 1e-4, 0.0, device)
+    parts = {"net": model, "ema": ema, "optimizer": optimizer}
+    wait, seconds = torch.cuda.synchronize if device.type == "cuda" else lambda: None, {"step": [], "save": []}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for step in range(1, args.repeats + 3):
+            marks = [time.perf_counter()]
+            with autocast(device, "bf16" if device.type == "cuda" else "fp32"):
+                with torch.no_grad():
+                    f = tokenizer.encode(x)
+                model(f, draws)[0].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step(), optimizer.zero_grad(), train.update_ema(ema, model, 0.999)
+            wait(), marks.append(time.perf_counter())
+            storage.keep({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, folder, "", cfg.train.keep)
+            marks.append(time.perf_counter())
+            seconds["step"].append(marks[1] - marks[0]), seconds["save"].append(marks[2] - marks[1])
+        size = storage.steps(folder, "")[0].stat().st_size
+    step, save = (statistics.mean(seconds[name][2:]) for name in ("step", "save"))
+    print(f"{args.config}: a checkpoint of {size / 1e6:.1f} MB keeps training waiting for {1e3 * save:.0f} ms, {save / step:.2f} of a step's {1e3 * step:.0f} ms "
+          f"(largest {1e3 * max(seconds['save'][2:]):.0f} ms); at one in {cfg.train.save_every} steps that is {save / step / cfg.train.save_every:.2%} of the time")  # fmt: skip
+    return {"bytes": size, "save_over_step": save / step, "share": save / step / cfg.train.save_every, "seconds": seconds}
 
 
 # ------------------------------------------------------------------------------------------------- arithmetic and memory
@@ -225,20 +261,24 @@ def main():
         parser.add_argument("--videos", help="a folder of videos (default: two are made, 10 s at 340x256 and 1280x720)")
         for name, default in (("frames", 16), ("size", 64), ("repeats", 30)):
             parser.add_argument(f"--{name}", type=int, default=default)
+    elif what == "save":
+        parser.add_argument("config", nargs="?", default="config.yaml"), parser.add_argument("overrides", nargs="*")
+        parser.add_argument("--folder", default=".", help="on the disk to be measured")
+        parser.add_argument("--repeats", type=int, default=20)
     elif what == "cost":
         parser.add_argument("config"), parser.add_argument("overrides", nargs="*")
         parser.add_argument("--gpus", type=int, default=8)
         parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of a GPU (default: H100, dense bf16)")
         parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
     else:
-        raise UserError("usage: bench.py data|cost ... (--help after either lists the options)")
+        raise UserError("usage: bench.py data|save|cost ... (--help after either lists the options)")
     args = parser.parse_args(sys.argv[2:])
     for name in ("frames", "size", "repeats", "gpus", "peak", "mfu"):
         if getattr(args, name, 1) <= 0:
             raise UserError(f"--{name}={getattr(args, name)} must be more than 0")
     if args.json:
         storage.make_folder(Path(args.json).parent)
-    figures = {"data": bench_data, "cost": bench_cost}[what](args)
+    figures = {"data": bench_data, "save": bench_save, "cost": bench_cost}[what](args)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1))
 

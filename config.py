@@ -84,6 +84,9 @@ def one_of(*names):
     return field(metadata={"choices": names})
 
 
+MANY = 10**9  # beyond all that is meant; a slip of the finger should not begin to fill the memory
+
+
 def within(low, high=math.inf):
     return field(metadata={"low": low, "high": high})
 
@@ -96,67 +99,67 @@ class Data:
     name: str = one_of("pushing", "folder", "bair")
     path: str
     test_list: str
-    size: int = within(8)
-    frames: int = within(2)
-    stride: int = within(1)
-    train_clips: int = within(1)
-    workers: int = within(0)
+    size: int = within(8, 4096)
+    frames: int = within(2, 4096)
+    stride: int = within(1, 4096)
+    train_clips: int = within(1, MANY)
+    workers: int = within(0, 1024)
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     checkpoint: str
-    stride: int = within(2)
-    channels: int = within(1)
-    width: int = within(4)
+    stride: int = within(2, 256)
+    channels: int = within(1, 4096)
+    width: int = within(4, 8192)
     kl_weight: float = within(0)
-    steps: int = within(1)
-    batch: int = within(1)
+    steps: int = within(1, MANY)
+    batch: int = within(1, 65536)
     lr: float = within(0)
 
 
 @dataclass(frozen=True)
 class Model:
-    width: int = within(4)
-    heads: int = within(1)
-    temporal_depth: int = within(1)
-    canvas_depth: int = within(1)
-    mar_depth: int = within(1)
-    head_width: int = within(4)
-    head_depth: int = within(1)
-    window: int = within(1)
+    width: int = within(4, 65536)
+    heads: int = within(1, 1024)
+    temporal_depth: int = within(1, 1024)
+    canvas_depth: int = within(1, 1024)
+    mar_depth: int = within(1, 1024)
+    head_width: int = within(4, 65536)
+    head_depth: int = within(1, 1024)
+    window: int = within(1, 4096)
     canvas: bool
     canvas_noise: float = within(0)
     canvas_weight: float = within(0)
     drop_temporal: float = within(0, 1)
     drop_canvas: float = within(0, 1)
-    diffusion_repeat: int = within(1)
+    diffusion_repeat: int = within(1, 1024)
 
 
 @dataclass(frozen=True)
 class Train:
-    steps: int = within(1)
-    batch: int = within(1)
-    accumulate: int = within(1)
+    steps: int = within(1, MANY)
+    batch: int = within(1, 65536)
+    accumulate: int = within(1, 65536)
     lr: float = within(0)
-    warmup: int = within(0)
+    warmup: int = within(0, MANY)
     weight_decay: float = within(0)
     clip: float = within(0)
     ema: float = within(0, 1)
     precision: str = one_of("auto", "fp32", "bf16")
     compile: str = one_of("auto", "true", "false")
-    save_every: int = within(1)
-    preview_every: int = within(1)
-    keep: int = within(1)
+    save_every: int = within(1, MANY)
+    preview_every: int = within(1, MANY)
+    keep: int = within(1, MANY)
 
 
 @dataclass(frozen=True)
 class Sample:
-    context: int = within(0)
-    frames: int = within(1)
-    clips: int = within(1)
-    steps: int = within(1)
-    solver_steps: int = within(1)
+    context: int = within(0, 4096)
+    frames: int = within(1, 65536)
+    clips: int = within(1, MANY)
+    steps: int = within(1, 65536)
+    solver_steps: int = within(1, 65536)
     cfg_temporal: float
     cfg_canvas: float
     order: str = one_of("random", "motion")
@@ -224,8 +227,9 @@ def save(cfg: Config, path) -> None:
     os.replace(temporary, path)
 
 
-def flat(tree: dict) -> dict:
-    """{'data.size': 32, ...}: every value of nested dicts under its dotted name."""
+def flat(cfg: Config) -> dict:
+    """{'data.size': 32, ...}: every value under its dotted name."""
+    tree = to_dict(cfg)
     sections = {k: v for k, v in tree.items() if isinstance(v, dict)}
     values = {k: v for k, v in tree.items() if not isinstance(v, dict)}
     return values | {f"{s}.{k}": v for s, section in sections.items() for k, v in section.items()}

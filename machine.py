@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -128,6 +129,18 @@ def pick_device(name: str) -> torch.device:
 def autocast(device: torch.device, precision: str):
     """bf16 where the precision says so; everything else stays as it is."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def check_memory(parameters: int, device: torch.device) -> None:
+    """Refuse a model whose weights, gradients, average and two moments alone exceed the memory. Raises UserError."""
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        known = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ()))
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
+    if 20 * parameters > there:
+        raise UserError(f"a model of {parameters / 1e6:,.0f} M parameters needs {20 * parameters / 2**30:,.0f} GiB to be trained, and there are "
+                        f"{there / 2**30:,.0f} GiB: lower model.width, head_width or the depths")  # fmt: skip
 
 
 def pick_precision(cfg: Config, machine: Machine, old: Config | None) -> str:

@@ -28,7 +28,7 @@ import storage
 import tokenizer as vae
 from canvas import CanvasMAR, clip_generator, validate
 from config import Config, UserError, warn
-from machine import Machine, autocast, pick_precision, start
+from machine import Machine, autocast, check_memory, pick_precision, start
 from video import to_uint8
 
 LOG_EVERY, HELD_OUT = 10, 32  # steps between lines of metrics.jsonl; test clips behind the validation figures
@@ -40,6 +40,8 @@ def main():
         raise UserError("usage: train.py CONFIG.yaml [key.sub=value ...]")
     cfg = config.load(sys.argv[1], sys.argv[2:])
     machine = start(cfg)
+    with torch.device("meta"):
+        check_memory(sum(p.numel() for net in (CanvasMAR(cfg), vae.Tokenizer(cfg.tokenizer)) for p in net.parameters()), machine.device)
     with contextlib.ExitStack() as stack:  # what is undone at the end, however it comes
         stack.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
         cfg = machine.first(lambda: open_run(cfg, machine, stack))
@@ -92,7 +94,7 @@ def open_run(cfg: Config, machine: Machine, stack) -> Config:
 
 def compare(old: Config, cfg: Config, where, bound=("",)) -> str:
     """What differs, in words. Raises UserError if that is more than may change; only keys that begin with one of `bound` count."""
-    there, now = config.flat(config.to_dict(old)), config.flat(config.to_dict(cfg))
+    there, now = config.flat(old), config.flat(cfg)
     differ = [k for k in now if now[k] != there[k] and k != "run" and not k.startswith("sample.")]
     refused = [k for k in differ if k not in FREE and k.startswith(bound)]
     if refused:
@@ -242,7 +244,7 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
                 parts = {"net": net, "ema": ema, "optimizer": optimizer}
                 state = {"kind": stage.kind, "step": step, **stage.extra, **{k: part.state_dict() for k, part in parts.items()}}
                 storage.keep(state, cfg.run, stage.prefix, t.keep)
-            if stop and not last:
+            if stop:
                 bar.close()
                 if machine.rank == 0:
                     print(f"stopped at step {step} of {stage.steps}; the same command goes on from there", file=sys.stderr)
