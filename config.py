@@ -7,6 +7,7 @@ of each. A file may begin with `base: other.yaml` and state only what differs fr
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -33,13 +34,13 @@ def cli(main):
     except SystemExit as stop:
         status = stop.code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         status = 130
     except Exception as error:
         text = sentence(error)
         if text is None:
             raise
-        print("error: " + " ".join(text.split()), file=sys.stderr)
+        say("error: " + text)
         status = 2
     sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -59,10 +60,16 @@ def sentence(error: Exception) -> str | None:
     return None
 
 
+def say(text: str) -> None:
+    """A line on stderr. Nobody may be there to read it any more: the terminal was closed, or ctrl-c ended `tee` as well."""
+    with contextlib.suppress(OSError):
+        print(" ".join(text.split()), file=sys.stderr, flush=True)
+
+
 def warn(text, everywhere=False):
-    """A line on stderr; what all processes find, the first of them says."""
+    """A warning on stderr; what all processes find, the first of them says."""
     if everywhere or os.environ.get("RANK", "0") == "0":
-        print("warning: " + " ".join(text.split()), file=sys.stderr)
+        say("warning: " + text)
 
 
 def require(module: str, package: str):
@@ -222,9 +229,16 @@ def to_dict(cfg: Config) -> dict:
 
 def save(cfg: Config, path) -> None:
     """Write the resolved configuration; `load(path)` gives back an equal one."""
-    temporary = f"{path}.tmp"
-    Path(temporary).write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True))
+
+
+def write_text(path, text: str) -> None:
+    """Write a file aside, flush it to the disk, rename it: a crash leaves either the old file or the new one, whole."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
 def flat(cfg: Config) -> dict:

@@ -76,7 +76,7 @@ def loader(source, seed: int, batch: int, first: int, last: int, rank=0, ranks=1
 
 
 def _deaf(_worker):
-    """A ctrl-c or a scheduler's SIGTERM reaches all processes; the training one stops these when it has saved."""
+    """A ctrl-c or a scheduler's SIGTERM reaches all processes; the training one ends these when it has saved."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -26,7 +26,8 @@ class Machine:
     device: torch.device
     rank: int
     ranks: int
-    group: dist.ProcessGroup | None = None  # over the CPU, and patient: reading a large tree of videos may take hours
+    group: dist.ProcessGroup | None = None  # over the CPU
+    patient: dist.ProcessGroup | None = None  # the same for work that may take hours, as reading a large tree of videos
     busy: bool = False  # in the training loop, which ends its step and saves before it stops
     stopped: int = 0  # the signal that asked us to stop
     asked: float = 0.0  # and when
@@ -41,7 +42,7 @@ class Machine:
                 failure = error
         if self.ranks > 1:
             told = [result, failure is not None]
-            dist.broadcast_object_list(told, group=self.group)
+            dist.broadcast_object_list(told, group=self.patient)
             if told[1] and self.rank > 0:
                 sys.exit(2)
             result = told[0]
@@ -71,9 +72,11 @@ def start(cfg: Config) -> Machine:
     elif device.type == "cpu":
         keep_freed_memory()
     machine = Machine(device, rank, ranks)
+    if ranks > 1 and device.type == "mps":
+        raise UserError("an Apple GPU is for one process; start it by `python train.py`, or set device=cpu")
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=meet(rank, ranks), rank=rank, world_size=ranks)
-        machine.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+        machine.group, machine.patient = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
     def stop(number, _frame):
         again = machine.stopped and time.monotonic() > machine.asked + 2  # torchrun passes a ctrl-c on a second time
@@ -97,7 +100,8 @@ def meet(rank: int, ranks: int) -> dist.Store:
     from new ones and answers all, has everyone's thanks for the answer.
     """
     store, name = next(dist.rendezvous("env://"))[0], uuid.uuid4().hex
-    store.set(f"hello {rank}", name)
+    if rank > 0:
+        store.set(f"hello {rank}", name)
     while rank == 0 and not store.check([f"thanks {name} {r}" for r in range(1, ranks)]):
         for r in range(1, ranks):
             store.set(f"welcome {store.get(f'hello {r}').decode()}", name)

@@ -140,7 +140,8 @@ def run_folder(path) -> Path:
 def load_run(path, device) -> tuple[config.Config, CanvasMAR, vae.Tokenizer]:
     """A run folder or a checkpoint file -> (configuration, model with the averaged weights, its tokenizer).
 
-    Of a folder it is latest.pt, or where that is damaged the checkpoint before it, which is said on stderr. Raises UserError if a file is missing, damaged, of another kind, or the tokenizer is not the one trained with.
+    Of a folder it is latest.pt, or where that is damaged the checkpoint before it, which is said on stderr. Raises UserError
+    if a file is missing, damaged, of another kind, or the tokenizer is not the one trained with.
     """
     file, keys = Path(path), ("config", "tokenizer", "ema")
     file, stored = storage.newest(file, "", "model", keys) if file.is_dir() else (file, storage.read(file, "model", keys))

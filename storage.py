@@ -5,12 +5,14 @@
     file, stored = newest("runs/mine", "", "model", keys)   # latest.pt, or the one before it where that is damaged
 
 A folder holds config.yaml, tokenizer.pt, latest.pt and step_*.pt (tokenizer_latest.pt, ... while that is trained),
-metrics.jsonl, curves.png, samples/, and for a folder of videos their index.json.
+metrics.jsonl, curves.png, samples/, for a folder of videos their index.json, and .lock. latest.pt is the newest step_*.pt
+under a second name. What was set aside is called *.damaged or *.ahead; *.tmp is what a crash left half written.
 """
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import warnings
 import zipfile
@@ -19,7 +21,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from config import UserError, warn
+from config import UserError, sentence, warn, write_text
 
 PATIENCE = 10  # seconds that a lock is waited for: a training that was just killed may still be on its way out
 
@@ -48,14 +50,16 @@ def lock(folder):
             warn(f"{folder} is in use; waiting {PATIENCE} seconds for it")
             held.acquire(timeout=PATIENCE)
     except Timeout:
-        raise UserError(f"another process is training in {folder}; stop it, or set run= to another folder") from None
+        raise UserError(f"another process is training in {folder}; stop it, or set run= to another folder (if there is none, delete {file})") from None
+    except PermissionError as error:
+        raise UserError(f"cannot lock {file}: {error.strerror}") from None
     except (OSError, NotImplementedError) as error:
         warn(f"{folder} cannot be locked ({error}); see to it that nothing else trains there")
     try:
         yield
     finally:
-        if os.listdir(folder) == [file.name]:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if os.listdir(folder) == [file.name]:
                 file.unlink()
                 file.parent.rmdir()
         held.release()
@@ -123,6 +127,8 @@ def read(path, kind: str, keys=()) -> dict:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # zipfile and torch raise many types for damaged files
+        if sentence(error):
+            raise  # the machine's fault, not the file's: short of memory
         why = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise Damaged(f"{path} is damaged or no checkpoint of this project ({why})") from None
     if not isinstance(stored, dict) or stored.get("kind") != kind or any(key not in stored for key in keys):
@@ -153,35 +159,52 @@ def keep(stored: dict, folder, prefix: str, count: int) -> None:
         flush(aside)
     rename(aside, latest)
     for old in steps(folder, prefix)[count:]:
-        old.unlink()
+        old.unlink(missing_ok=True)
 
 
 def steps(folder, prefix: str) -> list[Path]:
     """The numbered checkpoints, the newest first."""
-    return sorted(Path(folder).glob(f"{prefix}step_*.pt"), reverse=True)
+    name = re.compile(rf"{prefix}step_(\d+)\.pt")
+    found = [(int(match[1]), file) for file in Path(folder).glob(f"{prefix}step_*.pt") if (match := name.fullmatch(file.name))]
+    return [file for _, file in sorted(found, reverse=True)]
 
 
-def newest(folder, prefix: str, kind: str, keys=(), set_aside=False):
-    """(file, contents) of {prefix}latest.pt, or of the last step before it that is whole; (None, None) where there is none.
+def checkpoints(folder, prefix: str) -> list[Path]:
+    """{prefix}latest.pt, then the numbered ones, as far as they are there."""
+    return [file for file in (Path(folder) / f"{prefix}latest.pt", *steps(folder, prefix)) if file.exists()]
 
-    Damaged ones are reported, and with `set_aside` renamed to NAME.damaged. Raises UserError if none of several is whole.
-    """
-    files = [file for file in (Path(folder) / f"{prefix}latest.pt", *steps(folder, prefix)) if file.exists()]
-    damaged = {}
-    for file in files:
+
+def newest(folder, prefix: str, kind: str, keys=()):
+    """(file, contents) of {prefix}latest.pt, or where that is damaged of the last whole step before it, which is said on
+    stderr; (None, None) where there is none. Raises UserError if none of several is whole."""
+    damaged = []
+    for file in checkpoints(folder, prefix):
         try:
             stored = read(file, kind, keys)
         except Damaged as error:
-            damaged[file] = str(error)
+            damaged.append(str(error))
             continue
         if damaged:
-            warn(f"{'; '.join(damaged.values())}: going on from {file.name} of step {stored.get('step')}")
-        for other in damaged if set_aside else ():
-            other.rename(f"{other}.damaged")
+            warn(f"{'; '.join(damaged)}: {file.name} of step {stored.get('step')} is used")
         return file, stored
     if damaged:
-        raise UserError(f"{'; '.join(damaged.values())}: no whole checkpoint is left in {folder}; move them away to begin again")
+        raise UserError(f"{'; '.join(damaged)}: no whole checkpoint is left in {folder}; move them away to begin again")
     return None, None
+
+
+def tidy(folder, prefix: str, chosen: Path, step: int) -> None:
+    """Before training goes on from `chosen`, of that step: set aside what was damaged and what lies ahead of it, so that the
+    last steps are always this run's, and remove what a crash left half written."""
+    for file in checkpoints(folder, prefix):
+        if file == chosen:
+            break
+        file.rename(f"{file}.damaged")
+    for file in steps(folder, prefix):
+        if int(file.stem.rpartition("_")[2]) > step:
+            warn(f"{file.name} lies ahead of {chosen.name}, from which training goes on; it is kept as {file.name}.ahead")
+            file.rename(f"{file}.ahead")
+    for file in Path(folder).glob(f"{prefix}*.pt.tmp"):
+        file.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -208,10 +231,8 @@ def forget_metrics(folder, stage: str, step: int) -> None:
     """Drop what metrics.jsonl says of this stage after `step`: it is about to be done again."""
     file = Path(folder) / "metrics.jsonl"
     if file.exists():
-        keep = [line for line in read_metrics(folder) if line["stage"] != stage or line["step"] <= step]
-        aside = Path(f"{file}.tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in keep), encoding="utf-8")
-        rename(aside, file)
+        lines = [line for line in read_metrics(folder) if line["stage"] != stage or line["step"] <= step]
+        write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def draw_curves(folder) -> None:

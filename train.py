@@ -27,7 +27,7 @@ import sample
 import storage
 import tokenizer as vae
 from canvas import CanvasMAR, clip_generator, validate
-from config import Config, UserError, warn
+from config import Config, UserError, say, warn
 from machine import Machine, autocast, check_memory, pick_precision, start
 from video import to_uint8
 
@@ -42,7 +42,7 @@ def main():
     machine = start(cfg)
     with torch.device("meta"):
         check_memory(sum(p.numel() for net in (CanvasMAR(cfg), vae.Tokenizer(cfg.tokenizer)) for p in net.parameters()), machine.device)
-    with contextlib.ExitStack() as stack:  # what is undone at the end, however it comes
+    with in_words(machine), contextlib.ExitStack() as stack:  # what is undone at the end, however it comes
         stack.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
         cfg = machine.first(lambda: open_run(cfg, machine, stack))
         source, test = open_data(cfg, machine)
@@ -71,32 +71,41 @@ def open_data(cfg: Config, machine):
 # ---------------------------------------------------------------------------------------------------- the run's folder
 
 # What may change when a run goes on (and is then said): it does not touch what has been learned so far.
-FREE = ("run", "device", "data.path", "data.workers", "tokenizer.checkpoint", "tokenizer.lr", "train.steps", "train.compile", "train.lr", "train.clip",
-        "train.save_every", "train.preview_every", "train.keep", "train.batch", "train.accumulate", "train.precision")  # fmt: skip
+FREE = ("run", "device", "data.path", "data.test_list", "data.workers", "tokenizer.checkpoint", "tokenizer.lr", "tokenizer.batch",
+        "train.steps", "train.lr", "train.clip", "train.batch", "train.accumulate", "train.precision", "train.compile",
+        "train.save_every", "train.preview_every", "train.keep")  # fmt: skip
+# What a tokenizer depends on; while there is no model yet, the rest may change too.
+FIRST_STAGE = ("seed", "data.", "tokenizer.", "train.ema", "train.warmup", "train.weight_decay")
 
 
 def open_run(cfg: Config, machine: Machine, stack) -> Config:
     """Lock the run's folder; if something was learned there, check that it was with the same configuration. Returns cfg
     with its precision decided."""
     folder, file = Path(cfg.run), Path(cfg.run) / "config.yaml"
-    tokenizer, model = (any(folder.glob(f"{kind}*.pt")) for kind in ("tokenizer", "[ls]"))  # latest.pt, step_*.pt
+    stack.enter_context(storage.lock(folder))
+    model = storage.checkpoints(folder, "")
+    tokenizer = [*storage.checkpoints(folder, "tokenizer_"), *folder.glob("tokenizer.pt")]
     if file.resolve() == Path(sys.argv[1]).resolve() and not (tokenizer or model):
         raise UserError(f"run={cfg.run} is the folder of {sys.argv[1]} itself, which would be overwritten; choose another")
-    stack.enter_context(storage.lock(folder))
-    old = config.load(file) if file.exists() and (tokenizer or model) else None
+    old = None
+    if file.exists() and (tokenizer or model):
+        try:
+            old = config.load(file)
+        except UserError as error:
+            warn(f"{error}; what the checkpoints in {folder} say of themselves is compared instead")
     cfg = replace(cfg, train=replace(cfg.train, precision=pick_precision(cfg, machine, old)))
-    if old:
-        changed = compare(old, cfg, folder, ("",) if model else ("data.", "tokenizer.", "seed"))
-        if changed:
-            print(f"{folder} goes on with {changed}", file=sys.stderr)
+    changed = compare(old, cfg, folder, () if model else FIRST_STAGE) if old else ""
+    if changed:
+        say(f"{folder} goes on with {changed}")
     return cfg
 
 
-def compare(old: Config, cfg: Config, where, bound=("",)) -> str:
-    """What differs, in words. Raises UserError if that is more than may change; only keys that begin with one of `bound` count."""
+def compare(old: Config, cfg: Config, where, bound=()) -> str:
+    """What differs, in words. Raises UserError if that is more than may change, of the keys that begin with one of `bound`
+    where given."""
     there, now = config.flat(old), config.flat(cfg)
     differ = [k for k in now if now[k] != there[k] and k != "run" and not k.startswith("sample.")]
-    refused = [k for k in differ if k not in FREE and k.startswith(bound)]
+    refused = [k for k in differ if k not in FREE and (not bound or k.startswith(bound))]
     if refused:
         what = ", ".join(f"{k} ({there[k]} there, {now[k]} now)" for k in refused)
         raise UserError(f"{where} was made with another configuration: {what}; set run= to another folder")
@@ -127,12 +136,16 @@ def train_tokenizer(cfg: Config, machine: Machine, source, held_out) -> vae.Toke
     t, file = cfg.tokenizer, Path(cfg.run) / "tokenizer.pt"
 
     def adopt():
+        if not file.exists() and not t.checkpoint and storage.checkpoints(cfg.run, ""):
+            raise UserError(f"{file} is gone, and the model there was trained on it; put it back, or name it: tokenizer.checkpoint=...")
         named = vae.load(t.checkpoint, expect=t) if t.checkpoint and (not file.exists() or Path(t.checkpoint).exists()) else None
         if named and not file.exists():
             config.save(cfg, Path(cfg.run) / "config.yaml")
             vae.save(named, file)
         elif named and named.fingerprint() != vae.load(file).fingerprint():
             raise UserError(f"{file} is another tokenizer than tokenizer.checkpoint={t.checkpoint}; set run= to another folder")
+        for done in storage.checkpoints(cfg.run, "tokenizer_") if file.exists() else ():
+            done.unlink()
         return file.exists()
 
     if machine.first(adopt):
@@ -156,12 +169,11 @@ def train_tokenizer(cfg: Config, machine: Machine, source, held_out) -> vae.Toke
         stream = data.Stream(source, cfg.seed)
         net.measure_statistics(torch.stack([stream[i * 16 + j][0] for j in range(16)]).to(machine.device) for i in range(16))
         vae.save(net, file)
-        for done in (Path(cfg.run) / "tokenizer_latest.pt", *storage.steps(cfg.run, "tokenizer_")):
-            done.unlink()
 
     stage = Stage("tokenizer-training", "tokenizer_", net, args, t.steps, t.batch, 1, t.lr, preview, {})
     net = fit(cfg, machine, source, stage)
     machine.first(finish)
+    machine.first(adopt)
     return vae.load(file, machine.device, expect=t)
 
 
@@ -205,7 +217,7 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
     What decides the future is in the checkpoint (weights, average, optimizer, step) or follows from (seed, position).
     """
     t, device, net = cfg.train, machine.device, stage.net
-    stage.extra |= {"config": config.to_dict(cfg), "data": data.fingerprint(source), "clips_per_step": machine.ranks * stage.batch * stage.accumulate}
+    stage.extra |= {"config": config.to_dict(cfg), "data": agreed_fingerprint(machine, source), "clips_per_step": machine.ranks * stage.batch * stage.accumulate}
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = make_optimizer(net, stage.lr, t.weight_decay, device)
     first = resume(cfg, machine, stage, ema, optimizer)
@@ -218,7 +230,8 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
     bad = torch.zeros((), dtype=torch.long, device=device)  # the first step that was not finite
     bar = tqdm(total=stage.steps, initial=first, desc=stage.kind.split("-")[0], unit="step", disable=machine.rank > 0)
     net.train()
-    with in_words(cfg, machine, stage), bar:
+    machine.busy = True
+    try:
         for step in range(first + 1, stage.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = stage.lr * lr_share(step, t.warmup, stage.steps)
@@ -228,28 +241,40 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             update_ema(ema, net, ema_decay(step, t.ema))
-            bar.update()
-            stop, last = machine.largest(machine.stopped), step == stage.steps
+            stop, last, line = machine.largest(machine.stopped), step == stage.steps, {}
             due = [last or step % every == 0 for every in (LOG_EVERY, t.preview_every, t.save_every)]
             if any(due) or stop:
-                refuse_not_finite(cfg, machine, stage, bad)
+                refuse_not_finite(cfg, machine, stage, step, bad)
             if due[0]:
                 line = log(cfg, machine, stage, step, logs | {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]})
-                bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if k in ("psnr", "diffusion", "canvas")})
             if due[1] and machine.rank == 0:
                 with torch.no_grad(), autocast(device, t.precision):
                     storage.append_metrics(cfg.run, stage.kind, step, stage.preview(ema, step))
                 storage.draw_curves(cfg.run)
             if (due[2] or stop) and machine.rank == 0:
-                parts = {"net": net, "ema": ema, "optimizer": optimizer}
-                state = {"kind": stage.kind, "step": step, **stage.extra, **{k: part.state_dict() for k, part in parts.items()}}
-                storage.keep(state, cfg.run, stage.prefix, t.keep)
+                save(cfg, stage, ema, optimizer, step)
+            with contextlib.suppress(OSError):  # nobody looks any more
+                bar.update()
+                if line:
+                    bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if k in ("psnr", "diffusion", "canvas")})
             if stop:
-                bar.close()
                 if machine.rank == 0:
-                    print(f"stopped at step {step} of {stage.steps}; the same command goes on from there", file=sys.stderr)
+                    say(f"stopped at step {step} of {stage.steps}; the same command goes on from there")
                 sys.exit(128 + stop)
+    finally:
+        machine.busy = False
+        with contextlib.suppress(OSError):
+            bar.close()
     return ema
+
+
+def agreed_fingerprint(machine, source) -> str:
+    """data.fingerprint, the same on all processes. Raises UserError if some see other data than rank 0."""
+    mine = data.fingerprint(source)
+    theirs = machine.first(lambda: mine)
+    if machine.largest(int(mine != theirs)):
+        raise UserError(f"process {machine.rank} has {mine}, process 0 {theirs}: the processes do not see the same training data")
+    return mine
 
 
 def backward(cfg, machine, stage, wrapped, batches):
@@ -269,30 +294,30 @@ def backward(cfg, machine, stage, wrapped, batches):
 
 
 @contextlib.contextmanager
-def in_words(cfg, machine, stage):
-    """The training loop: signals are heeded after a step, and what can befall it from outside becomes a sentence."""
-    machine.busy = True
+def in_words(machine):
+    """What can befall a training from outside becomes a sentence."""
     try:
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if re.search(r"DataLoader worker \(pid", text):
             why = f"a process that prepares data died ({text[:150]}); often memory is short, then fewer data.workers or data.workers=0 help"
+        elif machine.ranks > 1 and re.search("connection (closed|reset)|broken pipe|read error", text, re.I):
+            why = f"process {machine.rank} lost another one, which has failed or was killed"
         elif machine.ranks > 1 and (isinstance(error, dist.DistError) or "gloo" in text.lower()):
-            why = f"process {machine.rank} lost another one, which has failed or was killed ({text[:100]})"
+            why = f"the processes cannot talk to each other ({text[:300]})"
         else:
             raise
-        raise UserError(f"{why}; the same command goes on: {last_checkpoint(cfg, stage)}") from None
-    finally:
-        machine.busy = False
+        raise UserError(f"{why}; the same command goes on from the last checkpoint") from None
 
 
-def refuse_not_finite(cfg, machine, stage, bad):
-    """Stop where a loss or a gradient was not finite: nothing is saved after it. Raises UserError."""
-    step = machine.largest(int(bad))
-    if step:
+def refuse_not_finite(cfg, machine, stage, step, bad):
+    """Stop where a loss, a gradient or a weight is not finite: nothing is saved after it. Raises UserError."""
+    weights = torch.stack(torch._foreach_norm(list(stage.net.parameters()))).sum()
+    first = machine.largest(int(torch.where((bad == 0) & ~torch.isfinite(weights), step, bad)))
+    if first:
         lr = "train.lr" if stage.kind == "model" else "tokenizer.lr"
-        raise UserError(f"the loss or its gradient is not finite at step {step} of {stage.steps}; {last_checkpoint(cfg, stage)}. "
+        raise UserError(f"the loss, its gradient or a weight is not finite at step {first} of {stage.steps}; {last_checkpoint(cfg, stage)}. "
                         f"Try a smaller {lr} or train.clip, or train.precision=fp32: these may change when a run goes on")  # fmt: skip
 
 
@@ -331,6 +356,12 @@ def update_ema(ema, net, decay):
 # ------------------------------------------------------------------------------------------------ going on, and metrics
 
 
+def save(cfg, stage, ema, optimizer, step):
+    """Write the stage's checkpoint: tensors and plain values only."""
+    states = {name: part.state_dict() for name, part in (("net", stage.net), ("ema", ema), ("optimizer", optimizer))}
+    storage.keep({"kind": stage.kind, "step": step, **stage.extra, **states}, cfg.run, stage.prefix, cfg.train.keep)
+
+
 def resume(cfg, machine, stage, ema, optimizer) -> int:
     """Load the stage's newest whole checkpoint into net, average and optimizer; returns its step, 0 without one. From here
     on the folder belongs to this configuration."""
@@ -338,9 +369,10 @@ def resume(cfg, machine, stage, ema, optimizer) -> int:
     found = []
 
     def look():
-        found.extend(storage.newest(cfg.run, stage.prefix, stage.kind, keys, set_aside=True))
+        found.extend(storage.newest(cfg.run, stage.prefix, stage.kind, keys))
         if found[0]:
             check_stored(cfg, stage, *found)
+            storage.tidy(cfg.run, stage.prefix, found[0], found[1]["step"])
         storage.forget_metrics(cfg.run, stage.kind, found[1]["step"] if found[0] else 0)
         config.save(cfg, Path(cfg.run) / "config.yaml")  # what may change may have changed
         return found[0]
@@ -360,12 +392,13 @@ def resume(cfg, machine, stage, ema, optimizer) -> int:
 
 def check_stored(cfg, stage, file, stored):
     """Whether a checkpoint is of this run. Raises UserError; of other data it only warns: they may have grown on purpose."""
-    compare(config.from_dict(stored["config"], where=str(file)), cfg, file)
+    compare(config.from_dict(stored["config"], where=str(file)), cfg, file, () if stage.kind == "model" else FIRST_STAGE)
     if stored.get("tokenizer") != stage.extra.get("tokenizer"):
         raise UserError(f"{file} was trained with another tokenizer than {Path(cfg.run) / 'tokenizer.pt'}")
     if stored["clips_per_step"] != stage.extra["clips_per_step"]:
+        keys = "train.batch and train.accumulate" if stage.kind == "model" else "tokenizer.batch"
         raise UserError(f"{file} was trained with {stored['clips_per_step']} clips a step (processes x batch x accumulate), now it would be "
-                        f"{stage.extra['clips_per_step']}; choose train.batch and train.accumulate so that the product stays")  # fmt: skip
+                        f"{stage.extra['clips_per_step']}; choose {keys} so that the product stays")  # fmt: skip
     if type(stored["step"]) is not int or not 0 < stored["step"] <= stage.steps:
         raise UserError(f"{file} is at step {stored['step']} already, and this run is to have {stage.steps}")
     if stored["data"] != stage.extra["data"]:
