@@ -211,8 +211,8 @@ def load(path, overrides=()) -> Config:
                 raise UserError(f"override '{override}': '{parent}' is a value, not a section")
         try:
             node[last] = yaml.load(value, Loader) if value else ""
-        except (yaml.YAMLError, ValueError, RecursionError):
-            raise UserError(f"override '{override}': the value is not valid YAML") from None
+        except BROKEN:
+            raise UserError(f"override '{override[:100]}': the value is not valid YAML") from None
     return from_dict(tree, where=str(path))
 
 
@@ -254,8 +254,13 @@ def check(cfg: Config) -> None:
     d, t, m, s = cfg.data, cfg.tokenizer, cfg.model, cfg.sample
     if not cfg.run:
         raise UserError("run is empty; it names the folder that everything is written to")
-    if any("\0" in path for path in (cfg.run, d.path, d.test_list, t.checkpoint)):
-        raise UserError("run, data.path, data.test_list and tokenizer.checkpoint are paths and hold no null characters")
+    for name, path in (("run", cfg.run), ("data.path", d.path), ("data.test_list", d.test_list), ("tokenizer.checkpoint", t.checkpoint)):
+        try:
+            possible = b"\0" not in os.fsencode(path)
+        except UnicodeEncodeError:
+            possible = False
+        if not possible:
+            raise UserError(f"{name}={path!r} cannot be the name of a file")
     if t.stride & (t.stride - 1):
         raise UserError(f"tokenizer.stride={t.stride} is not a power of two")
     if d.size % t.stride:
@@ -280,6 +285,9 @@ def check(cfg: Config) -> None:
         raise UserError(f"data.size={d.size}: the pushing world is drawn at 32 or 64 pixels")
 
 
+BROKEN = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)  # PyYAML raises all of them
+
+
 class Loader(yaml.SafeLoader):
     """Plain values only, and no key twice: PyYAML takes the last one without a word."""
 
@@ -291,15 +299,26 @@ class Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"the key '{twice}' stands there twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node):
+        """No `<<`: a few nested ones would fill the memory."""
+
+    def construct_yaml_int(self, node):
+        if len(node.value) > 100:
+            raise yaml.constructor.ConstructorError(None, None, "a number of more than 100 digits", node.start_mark)
+        return super().construct_yaml_int(node)
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+
 
 def _read(path: Path, seen: tuple) -> dict:
-    if path.resolve() in seen:
-        raise UserError(f"{path}: `base` leads back to the same file")
     try:
+        if os.path.realpath(path) in seen:
+            raise UserError(f"{path}: `base` leads back to the same file")
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except BROKEN as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no keys")
@@ -308,7 +327,7 @@ def _read(path: Path, seen: tuple) -> dict:
         return tree
     if not isinstance(base, str):
         raise UserError(f"{path}: base must be the path of another YAML file")
-    return _merge(_read(path.parent / base, (*seen, path.resolve())), tree)
+    return _merge(_read(path.parent / base, (*seen, os.path.realpath(path))), tree)
 
 
 def _merge(base: dict, over: dict) -> dict:
@@ -323,8 +342,8 @@ def fill(kind, tree, prefix, where):
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in tree:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
-            raise UserError(f"{where}: unknown key '{prefix}{key}'; did you mean '{prefix}{near}'?")
+            near = difflib.get_close_matches(str(key)[:100], fields, n=1, cutoff=0.0)[0]
+            raise UserError(f"{where}: unknown key '{prefix}{str(key)[:100]}'; did you mean '{prefix}{near}'?")
     missing = [prefix + name for name in fields if name not in tree]
     if missing:
         raise UserError(f"{where}: missing {', '.join(missing)}; `base: config.yaml` as first line supplies the defaults")

@@ -10,6 +10,7 @@ under a second name. What was set aside is called *.damaged or *.ahead; *.tmp is
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -119,13 +120,16 @@ def read(path, kind: str, keys=()) -> dict:
             warnings.simplefilter("ignore")  # torch warns of odd pickles before it refuses them
             with zipfile.ZipFile(path) as archive:
                 wrong = archive.testzip()
-            if wrong:
-                raise zipfile.BadZipFile(f"the checksum of {wrong} does not match")
+                folders = any(entry.external_attr for entry in archive.infolist())  # torch reads nothing for what is marked as one
+            if wrong or folders:
+                raise zipfile.BadZipFile(f"the checksum of {wrong} does not match" if wrong else "its list of contents has changed")
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        if error.errno != errno.EINVAL:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        raise Damaged(f"{path} is damaged or no checkpoint of this project ({error.strerror})") from None
     except Exception as error:  # zipfile and torch raise many types for damaged files
         if sentence(error):
             raise  # the machine's fault, not the file's: short of memory

@@ -82,11 +82,11 @@ def open_run(cfg: Config, machine: Machine, stack) -> Config:
     """Lock the run's folder; if something was learned there, check that it was with the same configuration. Returns cfg
     with its precision decided."""
     folder, file = Path(cfg.run), Path(cfg.run) / "config.yaml"
+    if file.resolve() == Path(sys.argv[1]).resolve() and not any(folder.glob("*.pt")):
+        raise UserError(f"run={cfg.run} is the folder of {sys.argv[1]} itself, which would be overwritten; choose another")
     stack.enter_context(storage.lock(folder))
     model = storage.checkpoints(folder, "")
     tokenizer = [*storage.checkpoints(folder, "tokenizer_"), *folder.glob("tokenizer.pt")]
-    if file.resolve() == Path(sys.argv[1]).resolve() and not (tokenizer or model):
-        raise UserError(f"run={cfg.run} is the folder of {sys.argv[1]} itself, which would be overwritten; choose another")
     old = None
     if file.exists() and (tokenizer or model):
         try:
@@ -372,14 +372,18 @@ def resume(cfg, machine, stage, ema, optimizer) -> int:
         found.extend(storage.newest(cfg.run, stage.prefix, stage.kind, keys))
         if found[0]:
             check_stored(cfg, stage, *found)
-            storage.tidy(cfg.run, stage.prefix, found[0], found[1]["step"])
-        storage.forget_metrics(cfg.run, stage.kind, found[1]["step"] if found[0] else 0)
-        config.save(cfg, Path(cfg.run) / "config.yaml")  # what may change may have changed
         return found[0]
 
-    file = machine.first(look)
+    def begin():
+        if file:
+            storage.tidy(cfg.run, stage.prefix, file, stored["step"])
+        storage.forget_metrics(cfg.run, stage.kind, stored["step"])
+        config.save(cfg, Path(cfg.run) / "config.yaml")  # what may change may have changed
+        return stored["step"]
+
+    file, stored = machine.first(look), {"step": 0}
     if file is None:
-        return 0
+        return machine.first(begin)
     stored = found[1] if found else storage.read(file, stage.kind, keys)
     for part, state in ((stage.net, "net"), (ema, "ema"), (optimizer, "optimizer")):
         storage.load_state(part, stored[state], file)
@@ -387,7 +391,7 @@ def resume(cfg, machine, stage, ema, optimizer) -> int:
         moments = optimizer.state[p] if isinstance(optimizer.state[p], dict) else {}
         if any(getattr(moments.get(name), "shape", None) != p.shape for name in ("exp_avg", "exp_avg_sq")):
             raise UserError(f"{file} does not fit this configuration (the optimizer's state is of another model)")
-    return stored["step"]
+    return machine.first(begin)
 
 
 def check_stored(cfg, stage, file, stored):

@@ -1,6 +1,8 @@
 """Shared by all tests: a tiny model, and the scripts run as a user runs them."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import config  # noqa: E402
+import sample  # noqa: E402
+import storage  # noqa: E402
+import train as train_script  # noqa: E402
 from canvas import CanvasMAR  # noqa: E402
 
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
@@ -25,6 +30,16 @@ TINY = [
     "train.save_every=2", "train.preview_every=1000", "train.precision=fp32", "train.compile=false", "device=cpu",
     "sample.frames=4", "sample.context=2", "sample.clips=2", "sample.steps=2", "sample.solver_steps=2",
 ]  # fmt: skip
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes, runs only with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="slow: runs with -m slow"))
 
 
 def tiny(*overrides) -> config.Config:
@@ -40,10 +55,10 @@ def tiny_model(*overrides) -> CanvasMAR:
     return model
 
 
-def launch(*command, **env):
+def launch(*command, own_group=False, **env):
     """Start a script of the project in the background."""
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env})  # fmt: skip
+                            start_new_session=own_group, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env})  # fmt: skip
 
 
 def script(*command, expect=0, **env):
@@ -56,6 +71,58 @@ def script(*command, expect=0, **env):
 
 def train(run, *overrides, expect=0):
     return script("train.py", "config.yaml", f"run={run}", *TINY, *overrides, expect=expect)
+
+
+class TookTooLong(BaseException):
+    """Beyond what `except Exception` catches."""
+
+
+@contextlib.contextmanager
+def within_seconds(seconds):
+    def end(*_):
+        raise TookTooLong(f"more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def here(monkeypatch, capsys, tmp_path):
+    """train.py inside this process, without its pictures: here(file, "train.lr=1") -> (exit status, stderr)."""
+    for module, name in ((sample, "figure"), (sample, "write_mp4"), (storage, "draw_curves")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setattr(storage, "PATIENCE", 0.2)
+    monkeypatch.setattr(train_script, "HELD_OUT", 6)
+    monkeypatch.chdir(tmp_path)
+
+    def unheard(number, _):
+        pytest.fail(f"nobody listens to signal {number}")
+
+    before = {number: signal.signal(number, unheard) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(*command, seconds=60):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, command)])
+        with within_seconds(seconds), pytest.raises(SystemExit) as stop:
+            config.cli(train_script.main)
+        return stop.value.code or 0, capsys.readouterr().err
+
+    yield run
+    torch.set_num_threads(threads)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def train_here(here):
+    """The tiny training of `train`, inside this process: train_here(run, "train.lr=1") -> (exit status, stderr)."""
+    return lambda run, *overrides: here(ROOT / "config.yaml", f"run={run}", *TINY, *overrides)
 
 
 @pytest.fixture(scope="session")

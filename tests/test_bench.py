@@ -7,7 +7,7 @@ import pytest
 import test_video
 import torch
 import yaml
-from conftest import ROOT, script, tiny, tiny_model
+from conftest import ROOT, TINY, script, tiny, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bench
@@ -74,6 +74,15 @@ def test_the_loader_is_faster_than_decoding_whole_videos_and_gives_the_same(tmp_
     row = bench.time_readers(path, 16, 64, 5)  # it compares the clips itself
     assert row["frames"] == 300 and row["over_whole"] > 2  # 5 to 8 on a quiet machine
     assert bench.time_readers(bench.make_video(tmp_path / "s.mp4", 64, 48, seconds=1, rate=10), 16, 64, 5) == {}
+
+
+def test_the_cost_of_a_checkpoint_is_measured_and_nothing_is_left(tmp_path, monkeypatch, capsys):
+    options = [ROOT / "config.yaml", *TINY, "train.save_every=50"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "save", *map(str, options), "--repeats", "3", "--folder", str(tmp_path), "--json", str(tmp_path / "s.json")])
+    bench.main()
+    figures = json.loads((tmp_path / "s.json").read_text())
+    assert "keeps training waiting" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ["s.json"]
+    assert figures["share"] == pytest.approx(figures["save_over_step"] / 50) and figures["bytes"] > 1e5
 
 
 def test_as_commands(tmp_path, monkeypatch):

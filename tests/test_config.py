@@ -1,5 +1,9 @@
 """The configuration: what is read is what was written, and every mistake is a sentence."""
 
+import dataclasses
+import random
+import shutil
+
 import pytest
 from conftest import ROOT, TINY, script, tiny
 from hypothesis import given
@@ -105,6 +109,151 @@ def test_the_script_says_it_in_one_line_with_status_two(tmp_path):
                     ["config.yaml", "data.name=folder", f"data.path={tmp_path}", "device=cpu", run]):  # fmt: skip
         _, err = script("train.py", *command, expect=2)
         assert err.startswith("error: ") and len(err.strip().splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------- nothing odd gets past, or hangs
+
+PREFIX = "base: ../whole.yaml\n"
+ALIASES = "l0: &l0 [x]\n" + "".join(f"l{i}: &l{i} [*l{i - 1}, *l{i - 1}]\n" for i in range(1, 31))
+MERGES = "l0: &l0 {x: 1}\n" + "".join(f"l{i}: &l{i} {{<<: [*l{i - 1}, *l{i - 1}]}}\n" for i in range(1, 31))
+
+ODD_FILES = {
+    **{f"text {t!r:.30}": t for t in ("", " ", "---", "...", "null", "3", "word", "- a", "a: [", "\tx: 1", "a: b: c", "}", "%YAML 9.9\n---\na: 1", "---\na: 1\n---\nb: 2",
+                                       "&a a", "*a", "!!str x", "? [a]\n: 1", "{{}: 1}", "a: |", "'", '"\\x"', "@", "`", "a: !", "<<: 3", "<<: [1]", "=: 1")},
+    **{f"key {t}": PREFIX + f"{t}: 1\n" for t in ("modle", "1", "1.5", "true", "null", "2001-01-01", "~", "''", "data.size", "'a b'", "k" * 100_000, "\u00e9", "<<")},
+    **{f"section {t}": PREFIX + f"data: {t}\n" for t in ("3", "[]", "null", "word", "[[1]]", "2001-01-01", "{size: {}}", "{size: [1]}", "{3: 4}", "{null: 1}", "!!set {a}")},
+    **{f"run {t:.40}": PREFIX + f"run: {t}\n" for t in ("2001-01-01", "2001-99-99", "1:2:3", "[1]", "{}", "3", "1.5", ".nan", "null", '"a\\0b"', "9" * 5000, "0x" + "f" * 5000,
+                                                        "0b" + "1" * 30000, "!!binary x", "!!binary YQ==", "!!timestamp x", "!!bool x", "!!float x", "!!int x", '!!int ""', '!!float ""',
+                                                        "!!null x", "!!set {a}", "!!omap [a]", "!!pairs [a]", "!!map x", "!!seq x", "!foo x", "!!python/object:os.system x",
+                                                        "!!python/object/apply:os.system [exit 3]", "!!python/name:os.system", "!!python/tuple [1]", '"\\ud800"')},
+    **{f"size {t:.40}": PREFIX + f"data: {{size: {t}}}\n" for t in ("9" * 5000, "0x" + "f" * 5000, "-0x" + "f" * 5000, "1e400", ".inf", "'32px'", "32 px", "[32, 32]", "0o40x", '!!int "+"',
+                                                                 "-1", "1_0.5", "!!bool maybe")},
+    **{f"lr {t:.40}": PREFIX + f"train: {{lr: {t}}}\n" for t in ("9" * 5000, "0x" + "f" * 5000, "1" + "0" * 400, ".inf", "-.inf", ".nan", "1e", "true", "-1e-9", "2001-01-01 00:00:00", "{a: 1}")},
+    "twice": PREFIX + "seed: 1\nseed: 2\n",
+    "twice in a section": PREFIX + "data: {size: 32, size: 64}\n",
+    "twice, quoted": PREFIX + "seed: 1\n'seed': 2\n",
+    "twice, base": PREFIX + PREFIX,
+    "aliases": PREFIX + ALIASES + "run: *l30\n",
+    "aliases in a section": PREFIX + ALIASES + "data: {size: *l30}\n",
+    "aliases as section": PREFIX + ALIASES + "data: *l30\n",
+    "aliases as base": ALIASES + "base: *l30\n",
+    "aliases alone": ALIASES,
+    "aliases as key": PREFIX + ALIASES + "? *l30\n: 1\n",
+    "merges": PREFIX + MERGES,
+    "recursive list": PREFIX + "run: &a [*a]\n",
+    "recursive map": PREFIX + "data: &a {size: *a}\n",
+    "recursive root": "&a\nrun: *a\ndata: *a\nbase: " + str(DEFAULT),
+       "deep list": PREFIX + "run: " + "[" * 5000 + "]" * 5000,
+    "deep map": PREFIX + "data: " + "{a: " * 3000 + "1" + "}" * 3000,
+    "deep open": "[" * 100_000,
+    "deep dashes": "- " * 20_000,
+    "many keys": PREFIX + "".join(f"k{i}: 1\n" for i in range(10_000)),
+    "long line": PREFIX + "seed: " + "x" * 1_000_000,
+    "base number": "base: 3\n", "base list": "base: [a]\n", "base empty": "base: ''\n", "base folder": "base: .\n", "base missing": "base: none.yaml\n", "base itself": "base: any.yaml\n",
+    "base null character": 'base: "a\\0b"\n', "base long": "base: " + "x" * 5000, "base device": "base: /dev/null\n", "base up": f"base: {'../' * 50}\n",
+    "not UTF-8": b"run: \xff\xfe\n", "UTF-16": ("run: x\n").encode("utf-16"), "NUL": b"run: a\x00b\n", "control": b"run: \x1b[31m\n", "zeros": bytes(1000), "zip": b"PK\x03\x04" + bytes(range(256)),
+    "BOM inside": PREFIX + "seed: \ufeff1\n", "lone surrogate": b"run: \xed\xa0\x80\n", "latin-1": "run: \u00e4\n".encode("latin-1"),
+}  # fmt: skip
+
+ODD_OVERRIDES = [
+    "", "=", "=1", ".=1", "..=1", "run", "--help", "-h", "data=", "data.=1", ".data=1", "data..size=1", "data.size.x=1", "run.x=1", "data={}", "data=[]", "data=null", "data={size: 32}", "base=x",
+    "data.size", "data.size=", "data.size==32", "data.size=32=32", "data.size= ", "data.size=[", "data.size='", "data.size=*a", "data.size=&a [*a]", "data.size=!!int", 'data.size=!!int ""', "data.size=!!bool x",
+    "data.size=!!timestamp x", "data.size=!!python/object:os.system x", "data.size=2001-99-99", "data.size=" + "9" * 5000, "data.size=0x" + "f" * 5000, "data.size=" + "[" * 20_000, "data.size=1:60",
+    "k" * 100_000 + "=1", "data." + "k" * 100_000 + "=1", "a." * 5000 + "a=1", "run=/dev/null", "run=/dev/null/x", "run=/proc/nowhere", "run=whole.yaml", "run=whole.yaml/x", "run=" + "x/" * 5000,
+    "run=" + "x" * 5000, 'run="a\\0b"', 'data.path="a\\0b"', 'tokenizer.checkpoint="a\\0b"', "tokenizer.checkpoint=none.pt", "tokenizer.checkpoint=.", "tokenizer.checkpoint=whole.yaml",
+    "tokenizer.checkpoint=/dev/null", "tokenizer.checkpoint=" + "x" * 5000, "device=tpu", "seed=-1", "seed=4294967296", "data.name=bair", "data.name=folder data.path=none",
+    "data.name=folder data.path=/dev/null", "data.name=folder data.path=whole.yaml", "data.name=bair data.path=none", "data.test_list=none", "train.lr=1 train.lr", "data=3 data.size=3", "data.size=4 data=3",
+    "data.name=folder data.path=. data.test_list=none", "sample.context=4", "sample.frames=2", "sample.steps=17", "model.window=4", "tokenizer.stride=3", "tokenizer.stride=64", "data.size=33",
+]  # fmt: skip
+
+
+COUNTS = [f"{section.name}.{f.name}" for section in dataclasses.fields(config.Config) if dataclasses.is_dataclass(section.type)
+          for f in dataclasses.fields(section.type) if f.type is int]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["-1", "1000000000000", "1e30"])
+def test_counts_beyond_all_that_is_meant_are_refused_before_anything_is_built(value):
+    for key in COUNTS:
+        with pytest.raises(UserError, match=f"{key}=-?[0-9]+ must lie between"):
+            config.load(DEFAULT, [f"{key}={value}"])
+    assert len(COUNTS) > 30
+
+
+@pytest.fixture
+def refuse_all(here, tmp_path):
+    """refuse_all({name: command}): each ends in exit status 2, within seconds, with one line and without a run folder."""
+
+    def find(commands):
+        found = {}
+        for name, command in commands.items():
+            try:
+                status, err = here(*command, seconds=5)
+                ok = status == 2 and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n") and len(err) < 20_000
+                outcome = None if ok else f"status {status}: {err[:100]} ... {err[-100:]}"
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                outcome = f"{type(error).__name__}: {error}"[:200]
+            if (tmp_path / "run").exists():
+                outcome = f"left a run folder; {outcome}"
+                shutil.rmtree(tmp_path / "run")
+            if outcome:
+                found[name] = outcome
+        assert not found, "\n".join(f"{name}: {outcome}" for name, outcome in found.items())
+
+    config.save(tiny(f"run={tmp_path / 'run'}"), tmp_path / "whole.yaml")
+    return find
+
+
+def test_odd_files_are_refused_in_one_line(refuse_all, tmp_path):
+    commands = {}
+    for i, (name, data) in enumerate(ODD_FILES.items()):
+        file = tmp_path / str(i) / "any.yaml"
+        file.parent.mkdir()
+        file.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass"))
+        commands[name] = [file]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop2")
+    (tmp_path / "loop2").symlink_to(tmp_path / "loop")
+    for a, b in ("ab", "ba"):
+        (tmp_path / f"{a}.yaml").write_text(f"base: {b}.yaml\n")
+    paths = [tmp_path, "none.yaml", "/dev/null", "", "x" * 5000, "whole.yaml/x", "loop", "a.yaml", ROOT / "train.py", ROOT / "README.md", ROOT / "tests"]
+    commands |= {f"path {str(path):.40}": [path] for path in paths}
+    refuse_all(commands)
+    assert len(commands) > 130
+
+
+def test_odd_overrides_are_refused_in_one_line(refuse_all):
+    commands = {f"{i}: {override:.60}": ["whole.yaml", *(override.split(" ") if "name=" in override or " data" in override else [override])]
+                for i, override in enumerate(ODD_OVERRIDES)}  # fmt: skip
+    refuse_all(commands)
+    assert len(commands) > 75
+
+
+def test_a_damaged_file_is_refused_in_one_line_or_still_a_configuration(refuse_all, tmp_path):
+    text, draw, commands = (tmp_path / "whole.yaml").read_bytes(), random.Random(0), {}
+    for i in range(150):
+        data = bytearray(text)
+        for _ in range(draw.randint(1, 4)):
+            at, length = draw.randrange(len(data)), draw.randint(1, 40)
+            act = draw.choice(["flip", "cut", "remove", "repeat", "noise"])
+            if act == "flip":
+                data[at] ^= 1 << draw.randrange(8)
+            elif act == "cut" and draw.random() < 0.3:
+                del data[max(at, 1) :]
+            elif act == "remove":
+                del data[at : at + length]
+            elif act == "repeat":
+                data[at:at] = data[draw.randrange(len(data)) :][:length]
+            else:
+                data[at:at] = draw.randbytes(2) if draw.random() < 0.5 else draw.choice([b":", b"-", b" ", b"\n", b"[", b"{", b"&a", b"*a", b"#", b"'", b"!!int ", b"0x", b"e9"])
+        file = tmp_path / f"{i}.yaml"
+        file.write_bytes(data)
+        try:
+            config.load(file)
+        except UserError:
+            commands[f"{i}"] = [file]
+    refuse_all(commands)
+    assert len(commands) > 50
 
 
 def test_a_package_that_is_not_there_is_named():
