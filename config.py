@@ -44,7 +44,7 @@ def cli(main):
         status = 2
     sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(status or 0)  # one process in ten aborts in the threads of torch.distributed (gloo) if it ends in the usual way
+        os._exit(status or 0)  # gloo's threads now and then abort a process that ends in the usual way
     sys.exit(status)
 
 

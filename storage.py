@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from config import UserError, sentence, warn, write_text
+import config
+from config import Config, UserError, sentence, warn, write_text
 
 PATIENCE = 10  # seconds that a lock is waited for: a training that was just killed may still be on its way out
 
@@ -64,6 +65,26 @@ def lock(folder):
                 file.unlink()
                 file.parent.rmdir()
         held.release()
+
+
+# What may change when a run goes on (and is then said): it does not touch what has been learned so far.
+FREE = ("run", "device", "data.path", "data.test_list", "data.workers", "tokenizer.checkpoint", "tokenizer.lr", "tokenizer.batch",
+        "train.steps", "train.lr", "train.clip", "train.batch", "train.accumulate", "train.precision", "train.compile",
+        "train.save_every", "train.preview_every", "train.keep")  # fmt: skip
+# What a tokenizer depends on; while there is no model yet, the rest may change too.
+FIRST_STAGE = ("seed", "data.", "tokenizer.", "train.ema", "train.warmup", "train.weight_decay")
+
+
+def compare(old: Config, cfg: Config, where, bound=()) -> str:
+    """What differs between the configuration something was learned with and the one now, in words. Raises UserError if that
+    is more than may change; where `bound` is given, only keys that begin with one of its names are held to it."""
+    there, now = config.flat(old), config.flat(cfg)
+    differ = [k for k in now if now[k] != there[k] and k != "run" and not k.startswith("sample.")]
+    refused = [k for k in differ if k not in FREE and (not bound or k.startswith(bound))]
+    if refused:
+        what = ", ".join(f"{k} ({there[k]} there, {now[k]} now)" for k in refused)
+        raise UserError(f"{where} was made with another configuration: {what}; set run= to another folder")
+    return ", ".join(f"{k}={now[k]} ({there[k]} before)" for k in differ)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

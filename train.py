@@ -70,14 +70,6 @@ def open_data(cfg: Config, machine):
 
 # ---------------------------------------------------------------------------------------------------- the run's folder
 
-# What may change when a run goes on (and is then said): it does not touch what has been learned so far.
-FREE = ("run", "device", "data.path", "data.test_list", "data.workers", "tokenizer.checkpoint", "tokenizer.lr", "tokenizer.batch",
-        "train.steps", "train.lr", "train.clip", "train.batch", "train.accumulate", "train.precision", "train.compile",
-        "train.save_every", "train.preview_every", "train.keep")  # fmt: skip
-# What a tokenizer depends on; while there is no model yet, the rest may change too.
-FIRST_STAGE = ("seed", "data.", "tokenizer.", "train.ema", "train.warmup", "train.weight_decay")
-
-
 def open_run(cfg: Config, machine: Machine, stack) -> Config:
     """Lock the run's folder; if something was learned there, check that it was with the same configuration. Returns cfg
     with its precision decided."""
@@ -94,22 +86,10 @@ def open_run(cfg: Config, machine: Machine, stack) -> Config:
         except UserError as error:
             warn(f"{error}; what the checkpoints in {folder} say of themselves is compared instead")
     cfg = replace(cfg, train=replace(cfg.train, precision=pick_precision(cfg, machine, old)))
-    changed = compare(old, cfg, folder, () if model else FIRST_STAGE) if old else ""
+    changed = storage.compare(old, cfg, folder, () if model else storage.FIRST_STAGE) if old else ""
     if changed:
         say(f"{folder} goes on with {changed}")
     return cfg
-
-
-def compare(old: Config, cfg: Config, where, bound=()) -> str:
-    """What differs, in words. Raises UserError if that is more than may change, of the keys that begin with one of `bound`
-    where given."""
-    there, now = config.flat(old), config.flat(cfg)
-    differ = [k for k in now if now[k] != there[k] and k != "run" and not k.startswith("sample.")]
-    refused = [k for k in differ if k not in FREE and (not bound or k.startswith(bound))]
-    if refused:
-        what = ", ".join(f"{k} ({there[k]} there, {now[k]} now)" for k in refused)
-        raise UserError(f"{where} was made with another configuration: {what}; set run= to another folder")
-    return ", ".join(f"{k}={now[k]} ({there[k]} before)" for k in differ)
 
 
 # ---------------------------------------------------------------------------------------------------------- two stages
@@ -396,7 +376,7 @@ def resume(cfg, machine, stage, ema, optimizer) -> int:
 
 def check_stored(cfg, stage, file, stored):
     """Whether a checkpoint is of this run. Raises UserError; of other data it only warns: they may have grown on purpose."""
-    compare(config.from_dict(stored["config"], where=str(file)), cfg, file, () if stage.kind == "model" else FIRST_STAGE)
+    storage.compare(config.from_dict(stored["config"], where=str(file)), cfg, file, () if stage.kind == "model" else storage.FIRST_STAGE)
     if stored.get("tokenizer") != stage.extra.get("tokenizer"):
         raise UserError(f"{file} was trained with another tokenizer than {Path(cfg.run) / 'tokenizer.pt'}")
     if stored["clips_per_step"] != stage.extra["clips_per_step"]:
