@@ -140,10 +140,11 @@ def run_folder(path) -> Path:
 def load_run(path, device) -> tuple[config.Config, CanvasMAR, vae.Tokenizer]:
     """A run folder or a checkpoint file -> (configuration, model with the averaged weights, its tokenizer).
 
-    Of a folder it is latest.pt, or where that is damaged the checkpoint before it, which is said on stderr. Raises UserError
-    if a file is missing, damaged, of another kind, or the tokenizer is not the one trained with.
+    Of a folder it is latest.pt, or where that is damaged the checkpoint before it, which is said on stderr. The
+    checkpoint holds its tokenizer; where the videos are, and what to sample, is read from the config.yaml beside it. Raises
+    UserError if a file is missing, damaged or of another kind.
     """
-    file, keys = Path(path), ("config", "tokenizer", "ema")
+    file, keys = Path(path), ("config", "vae", "ema")
     file, stored = storage.newest(file, "", "model", keys) if file.is_dir() else (file, storage.read(file, "model", keys))
     if file is None:
         raise UserError(f"{path} holds no latest.pt; is the training still at the tokenizer?")
@@ -153,12 +154,9 @@ def load_run(path, device) -> tuple[config.Config, CanvasMAR, vae.Tokenizer]:
         now = config.load(beside)
         cfg = replace(cfg, data=replace(cfg.data, path=now.data.path, test_list=now.data.test_list), sample=now.sample)
         config.check(cfg)
-    tokenizer = vae.load(file.parent / "tokenizer.pt", device)
-    if tokenizer.fingerprint() != stored["tokenizer"]:
-        raise UserError(f"{file.parent / 'tokenizer.pt'} is not the tokenizer that {file} was trained with")
     model = CanvasMAR(cfg)
     storage.load_state(model, stored["ema"], file)
-    return cfg, model.to(device).eval().requires_grad_(False), tokenizer
+    return cfg, model.to(device).eval().requires_grad_(False), vae.unpack(stored["vae"], file, device)
 
 
 # --------------------------------------------------------------------------------------------------- pictures and files

@@ -100,16 +100,29 @@ def _out(width, out):
 
 def save(tokenizer: Tokenizer, path) -> None:
     """Write weights, statistics and settings; `load` reads them."""
-    storage.write({"kind": "tokenizer", "config": asdict(tokenizer.cfg), "state": tokenizer.state_dict()}, path)
+    storage.write(pack(tokenizer), path)
 
 
 def load(path, device="cpu", expect: config.Tokenizer | None = None) -> Tokenizer:
     """Read a tokenizer.pt. Raises UserError if it is missing, damaged, something else, or not of the expected sizes."""
-    stored = storage.read(path, "tokenizer", ("config", "state"))
-    cfg = config.fill(config.Tokenizer, stored["config"], "tokenizer.", str(path))
+    tokenizer = unpack(storage.read(path, "tokenizer", ("config", "state")), path, device)
     for key in ("stride", "channels", "width") if expect else ():
-        if getattr(cfg, key) != getattr(expect, key):
-            raise UserError(f"{path} has tokenizer.{key}={getattr(cfg, key)}, the configuration says {getattr(expect, key)}")
-    tokenizer = Tokenizer(cfg)
-    storage.load_state(tokenizer, stored["state"], path)
+        if getattr(tokenizer.cfg, key) != getattr(expect, key):
+            raise UserError(f"{path} has tokenizer.{key}={getattr(tokenizer.cfg, key)}, the configuration says {getattr(expect, key)}")
+    return tokenizer
+
+
+def pack(tokenizer: Tokenizer) -> dict:
+    """The tokenizer as tensors and plain values: a tokenizer.pt, and a part of every checkpoint of a model on its latents."""
+    return {"kind": "tokenizer", "config": asdict(tokenizer.cfg), "state": tokenizer.state_dict()}
+
+
+def unpack(stored: dict, path, device="cpu") -> Tokenizer:
+    """The tokenizer of what `pack` gave, frozen, on the device. Raises UserError that names the file it is from."""
+    try:
+        settings, state = stored["config"], stored["state"]
+    except (TypeError, LookupError):
+        raise UserError(f"{path} holds no whole tokenizer") from None
+    tokenizer = Tokenizer(config.fill(config.Tokenizer, settings, "tokenizer.", str(path)))
+    storage.load_state(tokenizer, state, path)
     return tokenizer.to(device).eval().requires_grad_(False)

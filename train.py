@@ -116,8 +116,7 @@ def train_tokenizer(cfg: Config, machine: Machine, source, held_out) -> vae.Toke
     t, file = cfg.tokenizer, Path(cfg.run) / "tokenizer.pt"
 
     def adopt():
-        if not file.exists() and not t.checkpoint and storage.checkpoints(cfg.run, ""):
-            raise UserError(f"{file} is gone, and the model there was trained on it; put it back, or name it: tokenizer.checkpoint=...")
+        rescue_tokenizer(cfg.run)
         named = vae.load(t.checkpoint, expect=t) if t.checkpoint and (not file.exists() or Path(t.checkpoint).exists()) else None
         if named and not file.exists():
             config.save(cfg, Path(cfg.run) / "config.yaml")
@@ -157,6 +156,25 @@ def train_tokenizer(cfg: Config, machine: Machine, source, held_out) -> vae.Toke
     return vae.load(file, machine.device, expect=t)
 
 
+def rescue_tokenizer(folder) -> None:
+    """Where tokenizer.pt is damaged or gone, write it again from the newest checkpoint of the model, which holds a copy."""
+    file, why = Path(folder) / "tokenizer.pt", ""
+    try:
+        if file.exists():
+            storage.read(file, "tokenizer")
+        else:
+            why = f"{file} is gone"
+    except storage.Damaged as error:
+        why = str(error)
+    source, stored = storage.newest(folder, "", "model") if why else (None, None)
+    if source and "vae" in stored:
+        tokenizer = vae.unpack(stored["vae"], source)
+        if file.exists():
+            file.rename(f"{file}.damaged")
+        vae.save(tokenizer, file)
+        warn(f"{why}; it is written again from {source.name}")
+
+
 def train_model(cfg: Config, machine: Machine, source, held_out, tokenizer) -> CanvasMAR:
     """Train CanvasMAR on latents that are encoded as they are needed; returns the averaged model."""
     torch.manual_seed(cfg.seed)
@@ -178,7 +196,7 @@ def train_model(cfg: Config, machine: Machine, source, held_out, tokenizer) -> C
         sample.draw_steps(frames, tokenizer, video, truth, opts.context, picture_path(cfg, f"steps_{step:06d}.png"))
         return validate(ema, latents, cfg.seed)
 
-    t, extra = cfg.train, {"tokenizer": tokenizer.fingerprint()}
+    t, extra = cfg.train, {"tokenizer": tokenizer.fingerprint(), "vae": vae.pack(tokenizer)}
     return fit(cfg, machine, source, Stage("model", "", model, args, t.steps, t.batch, t.accumulate, t.lr, preview, extra))
 
 
