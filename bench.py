@@ -148,7 +148,8 @@ def bench_save(args) -> dict:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step(), optimizer.zero_grad(), train.update_ema(ema, model, 0.999)
             wait(), marks.append(time.perf_counter())
-            storage.keep({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, folder, "", cfg.train.keep)
+            states = {name: part.state_dict() for name, part in parts.items()}
+            storage.keep({"step": step, "vae": vae.pack(tokenizer), **states}, folder, "", cfg.train.keep)
             marks.append(time.perf_counter())
             seconds["step"].append(marks[1] - marks[0]), seconds["save"].append(marks[2] - marks[1])
         size = storage.steps(folder, "")[0].stat().st_size

@@ -70,6 +70,7 @@ def open_data(cfg: Config, machine):
 
 # ---------------------------------------------------------------------------------------------------- the run's folder
 
+
 def open_run(cfg: Config, machine: Machine, stack) -> Config:
     """Lock the run's folder; if something was learned there, check that it was with the same configuration. Returns cfg
     with its precision decided."""
