@@ -8,12 +8,13 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
 import config
 from diffloss import DiffLoss
-from mar import MAR, Block, choose_masked, mask_ratio, masked_count
+from mar import MAR, Block, choose_masked, mask_ratio, masked_count, rotate, take
 
 
 class CanvasMAR(nn.Module):
@@ -29,6 +30,8 @@ class CanvasMAR(nn.Module):
         self.canvas = Canvas(channels, m.width, m.heads, m.canvas_depth, grid) if m.canvas else None
         self.mar = MAR(channels, m.width, m.heads, m.mar_depth, grid)
         self.head = DiffLoss(channels, m.width, m.head_width, m.head_depth)
+        for block in (part for part in self.modules() if isinstance(part, Block)):
+            block.recompute = cfg.train.recompute
 
     def forward(self, f, draws: "Draws"):
         """L = L_diff + lambda L_canvas. Logs: loss, diffusion and, with a canvas, canvas and copy (the mean squared
@@ -47,15 +50,11 @@ class CanvasMAR(nn.Module):
             z_s = torch.where(draws.drop_canvas[:, None, None, None], torch.zeros_like(z_s), z_s)
         z_t = torch.where(draws.drop_temporal[:, None, None, None], self.null.to(z_t.dtype), z_t)
 
-        at = draws.masked[..., None]  # (B, K, 1) places of the masked tokens in T*N
         masked = torch.zeros(f.shape[:3], dtype=torch.bool, device=f.device).flatten(1).scatter(1, draws.masked, True)
         frames = partial(rearrange, pattern="b t n d -> (b t) n d")
-        c = self.mar(frames(f), masked.view(-1, self.tokens), frames(z_t), frames(z_s))  # (B*T, N, D)
-        c = c.view(len(f), -1, c.shape[-1])  # (B, T*N, D)
-        # The head sees the masked tokens only, always K of them.
-        target = f.flatten(1, 2).gather(1, at.expand(-1, -1, self.channels))  # (B, K, C)
-        c = c.gather(1, at.expand(-1, -1, c.shape[-1]))  # (B, K, D)
-        diffusion = self.head.loss(target, c, draws.tau, draws.eps).mean()
+        # The last MLP and the head run on the masked tokens only, always K of them.
+        c = self.mar(frames(f), masked.view(-1, self.tokens), frames(z_t), frames(z_s), draws.masked)  # (B, K, D)
+        diffusion = self.head.loss(take(f.flatten(1, 2), draws.masked), c, draws.tau, draws.eps).mean()
         loss = diffusion + self.cfg.canvas_weight * canvas_loss
         return loss, {"loss": loss.detach(), "diffusion": diffusion.detach(), **logs}
 
@@ -130,32 +129,32 @@ class Temporal(nn.Module):
         half = width // heads // 2
         self.register_buffer("frequency", 100 ** (-torch.arange(half) / half), persistent=False)  # radians per frame
 
-    def forward(self, p):
-        frames = torch.arange(p.shape[1], device=p.device)
-        mask = frame_mask(p.shape[1], self.window, p.device)
-        mask = mask.repeat_interleave(self.tokens, 0).repeat_interleave(self.tokens, 1)  # (T*N, T*N)
-        turn = self._turn(frames.repeat_interleave(self.tokens))
-        before = torch.cat([p[:, :2], p[:, 1:-1]], dim=1)[:, : p.shape[1]]  # the start frame has no velocity to tell
-        x = self._embed(p, before).flatten(1, 2)  # (B, T*N, D)
-        for block in self.blocks:
-            x = block(x, turn=turn, mask=mask)
+    def forward(self, p, cache: "Cache | None" = None):
+        """All frames at once, or with a cache those that follow the frames it holds: the result is the same."""
+        frames, first = p.shape[1], cache.index if cache else 0
+        number = torch.arange(first, first + frames, device=p.device)
+        before = torch.cat([cache.previous if first else p[:, :1], p[:, :-1]], dim=1)
+        before = torch.where(number[:, None, None] < 2, p, before)  # the start frame has no velocity to tell
+        turn = number.repeat_interleave(self.tokens)[:, None] * self.frequency  # (T*N, d/2) radians
+        x = (self.enter(torch.cat([p, p - before], dim=-1)) + self.position).flatten(1, 2)  # (B, T*N, D)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, partial(self._attend, turn=turn, held=partial(cache.store, layer) if cache else None))
+        if cache:
+            cache.index, cache.previous = first + frames, p[:, -1:]
         return self.norm(x).unflatten(1, p.shape[1:3])
 
-    def step(self, p, cache: "Cache"):
-        """One frame more: p (B, N, C), the frame before the one to come -> z_t (B, N, D). Equals `forward`."""
-        before = cache.previous if cache.index >= 2 else p
-        turn = self._turn(torch.full((self.tokens,), cache.index, device=p.device))
-        x = self._embed(p, before)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, turn=turn, cache=partial(cache.store, layer))
-        cache.previous, cache.index = p, cache.index + 1
-        return self.norm(x)
-
-    def _embed(self, p, before):
-        return self.enter(torch.cat([p, p - before], dim=-1)) + self.position
-
-    def _turn(self, frame):
-        return frame[:, None] * self.frequency
+    def _attend(self, q, k, v, turn, held):
+        """Each frame's queries read the window that ends with it: of causal attention no masked half is computed."""
+        q, k = rotate(torch.stack([q, k]), turn)
+        out = []
+        for i, frame in enumerate(q.split(self.tokens, dim=2)):
+            begin, end = (max(0, i + 1 - self.window) * self.tokens, (i + 1) * self.tokens)
+            if held:
+                keys = held(i, k[:, :, end - self.tokens : end], v[:, :, end - self.tokens : end])
+            else:
+                keys = k[:, :, begin:end], v[:, :, begin:end]
+            out.append(F.scaled_dot_product_attention(frame, *keys))
+        return torch.cat(out, dim=2)
 
 
 class Cache:
@@ -165,21 +164,14 @@ class Cache:
         self.window, self.tokens, self.index, self.previous = temporal.window, temporal.tokens, 0, None
         self.rings = [None] * len(temporal.blocks)
 
-    def store(self, layer, k, v):
-        """Put one frame's k, v (B, heads, N, d) over the oldest; return all that are held (their order is no matter)."""
+    def store(self, layer, ahead, k, v):
+        """Put k, v (B, heads, N, d) of frame index + ahead over the oldest; return all that are held (their order is no matter)."""
         if self.rings[layer] is None:
-            shape = (2, *k.shape[:2], self.window * self.tokens, k.shape[-1])
-            self.rings[layer] = k.new_empty(shape)
-        ring, slot = self.rings[layer], self.index % self.window * self.tokens
+            self.rings[layer] = k.new_empty(2, *k.shape[:2], self.window * self.tokens, k.shape[-1])
+        ring, frame = self.rings[layer], self.index + ahead
+        slot, held = frame % self.window * self.tokens, min(frame + 1, self.window) * self.tokens
         ring[0, :, :, slot : slot + self.tokens], ring[1, :, :, slot : slot + self.tokens] = k, v
-        held = min(self.index + 1, self.window) * self.tokens
         return ring[0, :, :, :held], ring[1, :, :, :held]
-
-
-def frame_mask(frames: int, window: int, device=None):
-    """(T, T) bool: frame i may attend to frame j if i - window < j <= i."""
-    age = torch.arange(frames, device=device)[:, None] - torch.arange(frames, device=device)[None]
-    return (age >= 0) & (age < window)
 
 
 class Canvas(nn.Module):

@@ -155,6 +155,7 @@ class Train:
     ema: float = within(0, 1)
     precision: str = one_of("auto", "fp32", "bf16")
     compile: str = one_of("auto", "true", "false")
+    recompute: bool
     save_every: int = within(1, MANY)
     preview_every: int = within(1, MANY)
     keep: int = within(1, MANY)
@@ -166,6 +167,7 @@ class Sample:
     frames: int = within(1, 65536)
     clips: int = within(1, MANY)
     steps: int = within(1, 65536)
+    solver: str = one_of("midpoint", "euler")
     solver_steps: int = within(1, 65536)
     cfg_temporal: float
     cfg_canvas: float

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class MAR(nn.Module):
@@ -23,55 +24,66 @@ class MAR(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, grid) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, f, masked, z_t, z_s):
-        """f (B, N, C), masked (B, N) bool, z_t (B, N, D), z_s (B, N, D) -> c (B, N, D). f is not read where masked."""
+    def forward(self, f, masked, z_t, z_s, at):
+        """f (B, N, C), masked (B, N) bool, z_t (B, N, D), z_s (B, N, D) -> c of the tokens asked for. f is not read where masked.
+
+        at (G, k) says which: their places among all tokens of each of G groups of B / G frames. Returns c (G, k, D).
+        """
         known = self.embed(f.masked_fill(masked[..., None], 0))
         u = torch.where(masked[..., None], self.mask_token + z_s, known)  # the canvas as a non-uniform mask
         u = u + self.position + self.temporal(z_t)  # (B, N, D)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             u = block(u)
-        return self.norm(u)
+        return self.norm(last(u, at=at))  # (G, k, D)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block on frames of grid * grid tokens, x (B, T*N, D) -> (B, T*N, D).
 
     It begins with a depthwise 3x3 convolution inside each frame, a conditional position encoding (Chu et al. 2021, arXiv
-    2102.10882): our choice.
+    2102.10882): our choice. With `recompute` only its input is kept for the backward pass, which computes the rest again.
     """
 
     def __init__(self, width: int, heads: int, grid: int):
         super().__init__()
-        self.grid = grid
+        self.grid, self.recompute = grid, False
         self.local = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x, **attention):
+    def forward(self, x, attend=F.scaled_dot_product_attention, at=None):
+        """attend as in `Attention`. at (G, k): the MLP runs, and x (G, k, D) is given back, for these tokens only (see `MAR`)."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, attend, at, use_reentrant=False)
+        return self._forward(x, attend, at)
+
+    def _forward(self, x, attend, at):
         images = rearrange(x, "b (t h w) d -> (b t) d h w", h=self.grid, w=self.grid)
         x = x + rearrange(self.local(images), "(b t) d h w -> b (t h w) d", b=len(x))
-        x = x + self.attention(self.norm1(x), **attention)
+        x = x + self.attention(self.norm1(x), attend)
+        if at is not None:
+            x = take(x.reshape(len(at), -1, x.shape[-1]), at)
         return x + self.mlp(self.norm2(x))
 
 
 class Attention(nn.Module):
-    """Multi-head attention through SDPA, x (B, L, D) -> (B, L, D)."""
+    """Multi-head attention, x (B, L, D) -> (B, L, D)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x, turn=None, mask=None, cache=None):
-        """turn (L, d/2) rotates queries and keys (see `rotate`); mask (L, L) bool, True where attention is allowed;
-        cache is called with this call's keys and values and gives back all that is to be attended to."""
+    def forward(self, x, attend=F.scaled_dot_product_attention):
+        """attend(q, k, v), each (B, heads, L, d), gives what the queries read, (B, heads, L, d): who sees whom is its business."""
         q, k, v = rearrange(self.qkv(x), "b l (three heads d) -> three b heads l d", three=3, heads=self.heads)
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
-        if cache is not None:
-            k, v = cache(k, v)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(rearrange(x, "b heads l d -> b l (heads d)"))
+        return self.out(rearrange(attend(q, k, v), "b heads l d -> b l (heads d)"))
+
+
+def take(x, at):
+    """Rows `at` (G, k) of x (G, L, D): (G, k, D)."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def rotate(x, turn):

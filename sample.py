@@ -26,7 +26,7 @@ from canvas import Cache, CanvasMAR, clip_generator
 from config import UserError
 from diffloss import solve
 from machine import autocast, pick_device
-from mar import motion_order, random_order, reveal_schedule
+from mar import motion_order, random_order, reveal_schedule, take
 from video import read_ending, to_uint8
 
 # --------------------------------------------------------------------------------------------------------- the sampler
@@ -49,12 +49,11 @@ def generate(model: CanvasMAR, context, opts: config.Sample, seed: int, clips):
     clip draws the same noise whatever S, K and the guidance are. Memory and time per frame do not grow with the length.
     """
     cache, streams = Cache(model.temporal), [clip_generator(seed, int(clip)) for clip in clips]
-    news = [model.start.expand(len(streams), -1, -1), *context.unbind(1)]
+    news = torch.cat([model.start.expand(len(streams), 1, -1, -1), context], dim=1)  # (B, 1 + context, N, C)
     for _ in range(opts.frames - opts.context):
-        for previous in news:
-            z_t = model.temporal.step(previous, cache)
-        frame = draw_frame(model, z_t, previous, opts, streams)
-        news = [frame.latent]
+        z_t = model.temporal(news, cache)[:, -1]
+        frame = draw_frame(model, z_t, news[:, -1], opts, streams)
+        news = frame.latent[:, None]
         yield frame
 
 
@@ -74,13 +73,11 @@ def draw_frame(model, z_t, previous, opts, streams) -> Frame:
     n = len(weights)
     f, known, begin, steps = torch.zeros_like(previous), torch.zeros_like(order, dtype=torch.bool), 0, []
     for end in reveal_schedule(tokens, opts.steps, opts.order):
-        at = order[:, begin:end, None]  # (B, k, 1) the tokens of this step
-        c = model.mar(f.repeat(n, 1, 1), ~known.repeat(n, 1), z_ts, z_ss)  # (n*B, N, D), all branches as one batch
-        c = c.gather(1, at.repeat(n, 1, c.shape[-1]))  # (n*B, k, D)
-        velocity = guided(model.head, c, weights)
-        new = solve(velocity, eps.gather(1, at.expand(-1, -1, channels)), opts.solver_steps)
-        f = f.scatter(1, at.expand(-1, -1, channels), new)
-        known = known.scatter(1, at[..., 0], True)
+        at = order[:, begin:end]  # (B, k) the tokens of this step
+        c = model.mar(f.repeat(n, 1, 1), ~known.repeat(n, 1), z_ts, z_ss, at.repeat(n, 1))  # (n*B, k, D), all branches as one batch
+        new = solve(guided(model.head, c, weights), take(eps, at), opts.solver_steps, opts.solver)  # (B, k, C)
+        f = f.scatter(1, at[..., None].expand_as(new), new)
+        known = known.scatter(1, at, True)
         steps.append(f if canvas is None else torch.where(known[..., None], f, canvas))
         begin = end
     return Frame(f, canvas, steps)
@@ -107,14 +104,11 @@ def branches(model, z_t, z_s, w_t, w_s):
 
 def guided(head, c, weights):
     """The velocity function of one set of tokens: x (B, k, C), tau -> (B, k, C). c (n*B, k, D), branch after branch."""
-    n, condition = len(weights), head.condition(c)
-    if n == 1:
-        return lambda x, tau: head.velocity(x, torch.full_like(x[..., 0], tau), condition).float()
-    weights = torch.tensor(weights, device=c.device).view(n, 1, 1, 1)
+    condition = head.condition(c).unflatten(0, (len(weights), -1))  # (n, B, k, width); tau and x are the same for all n
 
     def velocity(x, tau):
-        v = head.velocity(x.repeat(n, 1, 1), torch.full_like(x[..., 0], tau).repeat(n, 1), condition)
-        return (weights * v.float().unflatten(0, (n, -1))).sum(0)
+        v = head.velocity(x, x.new_full((1,), tau), condition).float()  # (n, B, k, C)
+        return sum(weight * branch for weight, branch in zip(weights, v))
 
     return velocity
 

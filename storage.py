@@ -69,7 +69,7 @@ def lock(folder):
 
 # What may change when a run goes on (and is then said): it does not touch what has been learned so far.
 FREE = ("run", "device", "data.path", "data.test_list", "data.workers", "tokenizer.checkpoint", "tokenizer.lr", "tokenizer.batch",
-        "train.steps", "train.lr", "train.clip", "train.batch", "train.accumulate", "train.precision", "train.compile",
+        "train.steps", "train.lr", "train.clip", "train.batch", "train.accumulate", "train.precision", "train.compile", "train.recompute",
         "train.save_every", "train.preview_every", "train.keep")  # fmt: skip
 # What a tokenizer depends on; while there is no model yet, the rest may change too.
 FIRST_STAGE = ("seed", "data.", "tokenizer.", "train.ema", "train.warmup", "train.weight_decay")

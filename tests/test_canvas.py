@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canvas import Cache, clip_generator, frame_mask, perturb, validate
+from canvas import Cache, clip_generator, perturb, validate
+from mar import rotate
 
 
 def clips(model, batch=2, frames=5, seed=0):
@@ -40,21 +42,28 @@ def test_frame_j_of_the_clip_reaches_the_loss_of_later_frames_only():
     assert (change[:3] == 0).all() and change[3] > 1e-3
 
 
-@settings(max_examples=12)
-@given(st.integers(1, 9), st.integers(1, 4))
-def test_cached_steps_equal_full_attention_also_past_the_window(frames, window):
+@settings(max_examples=15)
+@given(st.integers(1, 9), st.integers(1, 4), st.data())
+def test_cached_frames_equal_full_attention_in_any_portions_also_past_the_window(frames, window, draw):
     model = tiny_model(f"model.window={window}", "data.frames=9")
-    p, cache = clips(model, 2, frames), Cache(model.temporal)
-    stepped = torch.stack([model.temporal.step(p[:, t], cache) for t in range(frames)], dim=1)
-    torch.testing.assert_close(stepped, model.temporal(p), atol=1e-5, rtol=1e-5)
+    p, cache, parts = clips(model, 2, frames), Cache(model.temporal), []
+    with torch.no_grad():
+        while cache.index < frames:
+            portion = draw.draw(st.integers(1, frames - cache.index))
+            parts.append(model.temporal(p[:, cache.index : cache.index + portion], cache))
+        torch.testing.assert_close(torch.cat(parts, dim=1), model.temporal(p), atol=1e-5, rtol=1e-5)
     assert all(ring.shape[-2] == window * model.tokens for ring in cache.rings)  # whatever the number of frames
 
 
-@given(st.integers(1, 12), st.integers(1, 12))
-def test_frame_mask_is_a_band_below_the_diagonal(frames, window):
-    mask = frame_mask(frames, window)
-    expected = [[j <= i < j + window for j in range(frames)] for i in range(frames)]
-    assert mask.tolist() == expected
+@given(st.integers(1, 7), st.integers(1, 8), st.integers(0, 2**31))
+def test_attention_by_windows_equals_attention_under_a_mask(frames, window, seed):
+    temporal = tiny_model(f"model.window={window}", "data.frames=9").temporal
+    q, k, v = torch.randn(3, 2, 2, frames * temporal.tokens, 8, generator=torch.Generator().manual_seed(seed))
+    age = torch.arange(frames)[:, None] - torch.arange(frames)[None]
+    mask = ((age >= 0) & (age < window)).repeat_interleave(temporal.tokens, 0).repeat_interleave(temporal.tokens, 1)  # (T*N, T*N)
+    turn = torch.rand(frames * temporal.tokens, 4, generator=torch.Generator().manual_seed(seed))
+    expected = F.scaled_dot_product_attention(rotate(q, turn), rotate(k, turn), v, attn_mask=mask)
+    torch.testing.assert_close(temporal._attend(q, k, v, turn, None), expected, atol=1e-5, rtol=1e-5)
 
 
 @given(st.floats(0, 3))
@@ -118,7 +127,8 @@ def test_loss_on_masked_tokens_equals_the_head_on_all_tokens_with_the_loss_maske
     z_s, guess = model.canvas(z_t, p) if canvas else (torch.zeros_like(z_t), f)
     z_s = perturb(z_s, draws.sigma, draws.noise) if canvas else z_s
     masked = torch.zeros(2, 5 * model.tokens, dtype=torch.bool).scatter(1, draws.masked, True)
-    c = model.mar(f.flatten(0, 1), masked.view(10, -1), z_t.flatten(0, 1), z_s.flatten(0, 1)).view(2, 5 * model.tokens, -1)
+    everywhere = torch.arange(5 * model.tokens).expand(2, -1)
+    c = model.mar(f.flatten(0, 1), masked.view(10, -1), z_t.flatten(0, 1), z_s.flatten(0, 1), everywhere)
     place = draws.masked[:, None, :].expand_as(draws.tau)
     tau = torch.zeros(2, model.cfg.diffusion_repeat, 5 * model.tokens).scatter(2, place, draws.tau)
     eps = torch.zeros(*tau.shape, model.channels).scatter(2, place[..., None].expand_as(draws.eps), draws.eps)

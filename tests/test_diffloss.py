@@ -34,18 +34,18 @@ def test_solver_carries_a_gaussian_to_the_closed_form(mean, std):
     torch.testing.assert_close(solve(gaussian_velocity(mean, std), x, 200), mean + std * x, atol=2e-3, rtol=0)
 
 
-def orders(velocity, exact):
+def orders(velocity, exact, solver="midpoint"):
     """log2 of how much the error falls with each doubling of the steps."""
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
-    errors = [(solve(velocity, x, k) - exact(x)).abs().max() for k in (32, 64, 128, 256)]
+    errors = [(solve(velocity, x, k, solver) - exact(x)).abs().max() for k in (32, 64, 128, 256)]
     return [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:])]
 
 
-@given(st.floats(0.3, 2), st.booleans())
-def test_solver_error_falls_at_second_order(rate, shrink):
+@given(st.floats(0.3, 2), st.booleans(), st.sampled_from([("euler", 1), ("midpoint", 2)]))
+def test_solver_error_falls_at_its_order(rate, shrink, solver):
     rate = -rate if shrink else rate
-    growth = orders(lambda x, tau: rate * x, lambda x: x * math.exp(rate))
-    assert all(abs(order - 2) < 0.2 for order in growth)
+    growth = orders(lambda x, tau: rate * x, lambda x: x * math.exp(rate), solver[0])
+    assert all(abs(order - solver[1]) < 0.2 for order in growth)
 
 
 @given(st.floats(-2, 2), st.floats(0.3, 0.8))
@@ -53,11 +53,11 @@ def test_on_a_gaussian_it_falls_at_least_as_fast(mean, std):
     assert min(orders(gaussian_velocity(mean, std), lambda x: mean + std * x)) > 1.9
 
 
-@given(st.integers(1, 9))
-def test_solver_calls_the_velocity_twice_a_step_inside_zero_to_one(steps):
+@given(st.integers(1, 9), st.sampled_from([("euler", 1), ("midpoint", 2)]))
+def test_solver_calls_the_velocity_once_or_twice_a_step_inside_zero_to_one(steps, solver):
     times = []
-    solve(lambda x, tau: times.append(tau) or x, torch.zeros(1), steps)
-    assert len(times) == 2 * steps and times == sorted(times) and times[0] == 0 and times[-1] < 1
+    solve(lambda x, tau: times.append(tau) or x, torch.zeros(1), steps, solver[0])
+    assert len(times) == solver[1] * steps and times == sorted(times) and times[0] == 0 and times[-1] < 1
 
 
 @given(st.integers(0, 2**31))
@@ -79,6 +79,13 @@ def test_loss_is_the_squared_velocity_error_averaged_over_repeats(seed):
         t = tau[:, r, :, None]
         slow += (net((1 - t) * eps[:, r] + t * f, tau[:, r], c) - (f - eps[:, r])).square().mean(-1) / 6
     torch.testing.assert_close(net.loss(f, c, tau, eps), slow)
+
+
+def test_shapes_of_the_velocity_broadcast():
+    net = head()
+    x, tau, condition = torch.randn(4, 6, 3), torch.rand(1), net.condition(torch.randn(2, 4, 6, 5))
+    each = net.velocity(x.expand(2, 4, 6, 3), tau.expand(2, 4, 6), condition)
+    torch.testing.assert_close(net.velocity(x, tau, condition), each)
 
 
 def test_a_new_head_predicts_zero_and_its_loss_is_that_of_zero():

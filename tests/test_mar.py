@@ -1,8 +1,10 @@
 """Which tokens are masked, when each is drawn, and the masked transformer."""
 
 import math
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,15 +69,26 @@ def test_hidden_tokens_are_hidden_and_known_tokens_reach_every_other():
     n, width = model.tokens, model.cfg.width
     f, z_t, z_s = torch.randn(1, n, model.channels), torch.randn(1, n, width), torch.randn(1, n, width)
     masked = torch.arange(n)[None] < n // 2
-    c = model.mar(f, masked, z_t, z_s)
+    at = torch.arange(n)[None]
+    c = model.mar(f, masked, z_t, z_s, at)
     hidden, seen = f.clone(), f.clone()
     hidden[0, 0] += 1
     seen[0, -1] += 1
-    assert torch.equal(model.mar(hidden, masked, z_t, z_s), c)
-    assert ((model.mar(seen, masked, z_t, z_s) - c).abs().amax(-1) > 1e-6).all()
+    assert torch.equal(model.mar(hidden, masked, z_t, z_s, at), c)
+    assert ((model.mar(seen, masked, z_t, z_s, at) - c).abs().amax(-1) > 1e-6).all()
     moved = z_s.clone()
     moved[0, -1] += 1  # the canvas of a known token is not looked at either
-    assert torch.equal(model.mar(f, masked, z_t, moved), c)
+    assert torch.equal(model.mar(f, masked, z_t, moved, at), c)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.data())
+def test_tokens_asked_for_are_those_of_all(groups, frames, draw):
+    model = tiny_model("model.mar_depth=2")
+    n, batch = model.tokens, groups * frames
+    f, z_t, z_s = torch.randn(batch, n, model.channels), *torch.randn(2, batch, n, model.cfg.width)
+    masked, at = torch.rand(batch, n) < 0.5, torch.rand(groups, frames * n).argsort(-1)[:, : draw.draw(st.integers(1, frames * n))]
+    everything = model.mar(f, masked, z_t, z_s, torch.arange(n).expand(batch, -1)).view(groups, frames * n, -1)
+    torch.testing.assert_close(model.mar(f, masked, z_t, z_s, at), everything[torch.arange(groups)[:, None], at])
 
 
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 2**31))
@@ -95,4 +108,4 @@ def test_attention_equals_the_textbook_formula():
     q, k, v = attention.qkv(x).view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
     scores = (q @ k.mT / 2).masked_fill(~mask, -torch.inf).softmax(-1)
     expected = attention.out((scores @ v).transpose(1, 2).reshape(2, 5, 12))
-    torch.testing.assert_close(attention(x, mask=mask), expected)
+    torch.testing.assert_close(attention(x, partial(F.scaled_dot_product_attention, attn_mask=mask)), expected)
