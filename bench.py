@@ -1,17 +1,21 @@
-"""What things cost: the loader against decoding whole videos, a checkpoint, and the arithmetic and memory of a configuration.
+"""How fast it is, against the floor that its arithmetic sets, and against the slow way to do the same.
 
-    python bench.py data                                # clips a second and core, on videos made for it
-    python bench.py data --videos DIR                   # on your own
-    python bench.py save config.yaml                    # how long a checkpoint keeps training waiting
-    python bench.py cost configs/kinetics600.yaml       # parameters, tokens, FLOPs, memory, GPU hours, without a GPU
+    python bench.py train [config] [key=value]          # a training step: parts, MFU, memory, slow twins
+    python bench.py sample [config] [key=value]         # a generated frame: the same
+    python bench.py data [config] [key=value]           # clips a second and core, on videos made for it, or --videos DIR
+    python bench.py save [config] [key=value]           # how long a checkpoint keeps training waiting
+    python bench.py cost CONFIG [key=value]             # parameters, tokens, FLOPs, memory, GPU hours: counted, without a GPU
 
-Ratios are those of medians over repeats that take turns in one process; clips a second are means, on this machine. --json FILE keeps all figures.
+Times are medians, ratios those of medians over repeats that take turns in one process. Weights and clips are made up. --json FILE keeps all figures.
 """
 
+import contextlib
 import copy
 import json
 import math
 import os
+import platform
+import resource
 import statistics
 import sys
 import tempfile
@@ -21,26 +25,289 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import config
+import data
 import sample
 import storage
 import tokenizer as vae
 import train
 import video
-from canvas import CanvasMAR, Draws
+from canvas import Cache, CanvasMAR, Draws, clip_generator
 from config import UserError
-from machine import autocast, pick_device
+from flops import count, real_parts, step_parts, watched
+from machine import Machine, autocast, keep_freed_memory, pick_device, pick_precision
+from mar import Block
+from slow import loss_everywhere, masked_attention, slow_frames
+
+# ------------------------------------------------------------------------------------------------------ taking the time
+
+
+class Bench:
+    """The machine, and the clock: every time includes what the device still had to do."""
+
+    def __init__(self, cfg, repeats):
+        self.device, self.repeats = pick_device(cfg.device), repeats
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.precision = pick_precision(cfg, Machine(self.device, 0, 1), None)
+        self.wait = getattr(torch, self.device.type).synchronize if self.device.type != "cpu" else lambda: None
+        self.name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()} {self.device.type}"
+        self.figures = {"command": sys.argv, "device": self.name, "threads": torch.get_num_threads(), "torch": torch.__version__, "precision": self.precision}
+
+    def seconds(self, work) -> float:
+        self.wait()
+        begin = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - begin
+
+    def in_turns(self, ways: dict, repeats=None, warm_up=3) -> dict:
+        """Median seconds of each of several pieces of work, taken in turns so that what else the machine does hits all alike."""
+        taken = {name: [] for name in ways}
+        for number in range(warm_up + (repeats or self.repeats)):
+            for name, work in ways.items():
+                with autocast(self.device, self.precision):
+                    taken[name].append(self.seconds(work))
+        return {name: statistics.median(times[warm_up:]) for name, times in taken.items()}
+
+    def matmul_peak(self) -> float:
+        """FLOPs a second of the fastest of several square matrix products, in the precision of the rest."""
+        dtype, best = torch.bfloat16 if self.precision == "bf16" else torch.float32, 0.0
+        for n in (512, 1024, 2048) if self.device.type == "cpu" else (2048, 4096, 8192):
+            a, b = torch.randn(2, n, n, device=self.device, dtype=dtype)
+            best = max(best, 2 * n**3 / self.in_turns({"product": lambda: a @ b}, 10)["product"])
+        return best
+
+    def headline(self, peak):
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        print(f"{self.name}{threads}, torch {torch.__version__}, {self.precision}; largest matrix products reach {peak / 1e12:.3g} TFLOP/s")
+
+
+def table(rows, floor):
+    """name -> (seconds, FLOPs), one line each; floor: FLOPs a second."""
+    print(f"{'part':20s} {'ms':>9s} {'share':>7s} {'GFLOP':>10s} {'of the floor':>13s}")
+    whole = sum(seconds for seconds, _ in rows.values())
+    for name, (seconds, flops) in rows.items():
+        print(f"{name:20s} {1e3 * seconds:9.2f} {seconds / whole:7.1%} {flops / 1e9:10.2f} " + (f"{flops / floor / seconds:13.1%}" if flops else ""))
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+class Training:
+    """What one process of train.py holds, and its step, on a made-up batch."""
+
+    def __init__(self, cfg, device):
+        model, tokenizer, x, draws = real_parts(cfg)
+        self.model, self.tokenizer, self.x = model.to(device), tokenizer.to(device).requires_grad_(False), torch.rand_like(x, device=device) * 2 - 1
+        self.draws = Draws(**{name: value.to(device) for name, value in vars(draws).items()})
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = train.make_optimizer(self.model, 1e-4, 0.0, device)
+
+    def step(self, net=None):
+        with torch.no_grad():
+            f = self.tokenizer.encode(self.x)
+        (net or self.model)(f, self.draws)[0].backward()
+        self.update()
+
+    def update(self):
+        train.update(self.model, self.ema, self.optimizer, 1.0, 0.999)
+
+
+def bench_train(args) -> dict:
+    """A training step of one process: time, MFU, memory, where the time goes, and the fast ways beside the slow ones."""
+    cfg = config.load(args.config, args.overrides)
+    bench, counted = Bench(cfg, args.repeats), count(cfg)
+    device, compiled = bench.device, cfg.train.compile == "true" or (cfg.train.compile == "auto" and bench.device.type == "cuda")
+    t, peak = Training(cfg, device), bench.matmul_peak()
+    bench.headline(peak)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    ways = {"eager": t.step} | ({"compiled": lambda net=torch.compile(t.model): t.step(net)} if compiled else {})
+    steps = bench.in_turns(ways)
+    step, flops = steps["compiled" if compiled else "eager"], counted["step_flops"] + counted["encode_flops"]
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{args.config}: {1e3 * step:.4g} ms a step, {counted['tokens_a_step'] / step:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP, {flops / step / peak:.1%} MFU; "
+          f"peak memory {memory / 2**30:.2f} GiB, activations without compilation {counted['activation_bytes'] / 2**30:.2f} GiB (counted)")  # fmt: skip
+    source, generators = open_source(cfg), [clip_generator(0, i, device) for i in range(cfg.train.batch)]
+    parts = step_parts(t.model, t.tokenizer, t.x, t.draws, torch.compile if compiled else lambda part: part)
+    others = {
+        "optimizer, average": t.update,
+        "drawing noise": lambda: t.model.draw(generators, cfg.data.frames),
+        f"data ({source.__class__.__name__.lower()})": lambda: torch.stack([source.clip(i) for i in range(cfg.train.batch)]),
+    }
+    t.step(), t.model.zero_grad()
+    for p in t.model.parameters():
+        p.grad = torch.zeros_like(p)
+    seconds = bench.in_turns(parts | others)
+    table({name: (s, counted["part_flops"].get(name, 0)) for name, s in seconds.items()}, peak)
+    note = f", hidden by {cfg.data.workers} data.workers" if cfg.data.workers else ""
+    print(f"{'(parts alone, forward and backward; data in one process' + note + ')'}")
+    ratios = {"compiled over eager": steps["eager"] / step} if compiled else {}
+    ratios |= train_twins(bench, cfg, t)
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.2f} times")
+    if args.profile:
+        profile(bench, ways["compiled" if compiled else "eager"])
+    return bench.figures | {"matmul_peak": peak, "step_seconds": step, "tokens_per_second": counted["tokens_a_step"] / step, "mfu": flops / step / peak,
+                            "peak_memory_bytes": memory, "part_seconds": seconds, "counted": counted, "times_faster": ratios}  # fmt: skip
+
+
+def open_source(cfg):
+    """The configured clips, or where they are not at hand the built-in ones."""
+    with contextlib.suppress(UserError):
+        return data.open_source(cfg.data, cfg.seed, "train", cfg.data.frames)
+    return data.open_source(replace(cfg.data, name="pushing", path="", size=min(64, max(32, cfg.data.size))), cfg.seed, "train", cfg.data.frames)
+
+
+def train_twins(bench, cfg, t) -> dict:
+    """How many times faster each fast way is than its slow twin."""
+    model, frames = t.model, cfg.data.frames
+    f = torch.randn(len(t.x), frames, model.tokens, model.channels, device=bench.device)
+    half = Draws(**{k: v.to(bench.device) for k, v in vars(model.draw([torch.Generator() for _ in t.x], frames, 0.5)).items()})
+    p, ratios = f[:1].expand(len(f), -1, -1, -1), {}
+    both = lambda fast, slow: (lambda s: s["slow"] / s["fast"])(bench.in_turns({"fast": fast, "slow": slow}))
+    ratios["head on the masked tokens only, mask ratio 0.5, forward and backward"] = both(
+        lambda: model(f, half)[0].backward(), lambda: loss_everywhere(model, f, half).backward())  # fmt: skip
+    attend = model.temporal._attend
+    slow = masked_attention(model.temporal, frames, bench.device)
+
+    def temporal(way):
+        model.temporal._attend = way
+        model.temporal(p).sum().backward()
+        model.temporal._attend = attend
+
+    ratios["temporal transformer, attention by windows instead of a mask"] = both(lambda: temporal(attend), lambda: temporal(slow))
+    del model.temporal._attend
+
+    def recompute(on):
+        for block in (part for part in model.modules() if isinstance(part, Block)):
+            block.recompute = on
+        model(f, t.draws)[0].backward()
+
+    ratios["all kept for the backward pass, instead of train.recompute"] = both(lambda: recompute(False), lambda: recompute(True))
+    recompute(cfg.train.recompute)
+    if bench.device.type == "cpu":
+        threads = torch.get_num_threads()
+
+        def on(number):
+            torch.set_num_threads(number)
+            model(f, t.draws)[0].backward()
+            torch.set_num_threads(threads)
+
+        ratios[f"{threads} threads instead of one"] = both(lambda: on(threads), lambda: on(1))
+    return ratios
+
+
+# --------------------------------------------------------------------------------------------------------------- sampling
+
+
+def bench_sample(args) -> dict:
+    """A generated frame of sample.clips clips: time against the floor of its FLOPs, where it goes, and the slow ways."""
+    cfg = config.load(args.config, args.overrides)
+    bench, counted, opts = Bench(cfg, args.repeats), count(cfg), cfg.sample
+    device, batch, window = bench.device, cfg.sample.clips, cfg.model.window
+    compiled = cfg.train.compile == "true" or (cfg.train.compile == "auto" and device.type == "cuda")
+    model, tokenizer = CanvasMAR(cfg).to(device).eval().requires_grad_(False), vae.Tokenizer(cfg.tokenizer).to(device).requires_grad_(False)
+    for p in model.parameters():  # what starts at zero could be cheaper
+        p.copy_(torch.where(p == 0, 0.02 * torch.randn_like(p), p))
+    sample.to_precision(bench.precision, model, tokenizer)
+    peak = bench.matmul_peak()
+    bench.headline(peak)
+    context = torch.randn(batch, window, model.tokens, model.channels, device=device)
+
+    def frames(way=sample.generate, **changes):
+        """A function that generates one frame more, the window full."""
+        endless = way(model, context, replace(opts, context=window, frames=10**9, **changes), 0, range(batch))
+        return lambda: next(endless)
+
+    scales = {"one branch (1, 1)": (1, 1), "two branches (1.5, 1.5)": (1.5, 1.5), "three branches (1.5, 2)": (1.5, 2)}
+    branches = bench.in_turns({name: frames(cfg_temporal=w_t, cfg_canvas=w_s) for name, (w_t, w_s) in scales.items()})
+    times = bench.in_turns({"eager": frames(), "slow": frames(slow_frames)})
+    more = frames()
+    bench.in_turns({"": more}, 1)  # the context's turn
+    with watched(model, lambda: bench.wait() or time.perf_counter()) as sums, autocast(device, bench.precision):
+        took = [bench.seconds(more) for _ in range(args.repeats)]
+    parts = {name: seconds / args.repeats for name, seconds in (sums | {"rest": sum(took) - sum(sums.values())}).items()}
+    if compiled:
+        sample.compile_parts(model)
+        times |= bench.in_turns({"compiled": frames()})
+    more = frames()
+    bench.in_turns({"": more}, 1)
+    with autocast(device, bench.precision):
+        rollout = [bench.seconds(more) for _ in range(args.rollout)]
+    frame, floor = times["compiled" if compiled else "eager"], batch * counted["sampling_flops_a_frame"] / peak
+    print(f"{args.config}: {batch} clips at once, S = {opts.steps}, {opts.solver_steps} {opts.solver} steps, guidance ({opts.cfg_temporal:g}, {opts.cfg_canvas:g}): "
+          f"{1e3 * frame:.4g} ms a frame, {batch / frame:,.1f} frames/s, {floor / frame:.1%} of the floor of {counted['sampling_flops_a_frame'] / 1e9:.2f} GFLOP a frame")  # fmt: skip
+    table({name: (s, batch * counted["sampling_flops_by_part"].get(name, 0)) for name, s in parts.items()}, peak)
+    quarter = args.rollout // 4
+    flat = statistics.median(rollout[-quarter:]) / statistics.median(rollout[:quarter])
+    print(f"over {args.rollout} frames, the window full: the last quarter's frames take {flat:.3f} times as long as the first quarter's")
+    latency = first_frame(bench, cfg, model, tokenizer)
+    print(f"first frame of one clip, pixels to pixels, from {opts.context} frames: {1e3 * latency:.4g} ms")
+    first = branches["one branch (1, 1)"]
+    print("guidance, times one branch: " + ", ".join(f"{name} {s / first:.2f}" for name, s in branches.items()))
+    ratios = {"the whole sampler over one without cache, all tokens and three branches at every step": times["slow"] / times["eager"]}
+    ratios |= {"compiled over eager": times["eager"] / frame} if compiled else {}
+    ratios |= sample_twins(bench, model, tokenizer)
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.2f} times")
+    if args.profile:
+        profile(bench, more)
+    return bench.figures | {"matmul_peak": peak, "frame_seconds": frame, "frames_per_second": batch / frame, "share_of_floor": floor / frame,
+                            "part_seconds": parts, "rollout_seconds": rollout, "last_quarter_over_first": flat, "first_frame_seconds": latency,
+                            "branch_seconds": branches, "counted": counted, "times_faster": ratios}  # fmt: skip
+
+
+def first_frame(bench, cfg, model, tokenizer) -> float:
+    """Seconds from the pixels of one clip's context to the pixels of its next frame."""
+    opts = replace(cfg.sample, frames=cfg.sample.context + 1)
+    x = torch.zeros(1, opts.context, 3, cfg.data.size, cfg.data.size, device=bench.device)
+    return bench.in_turns({"": lambda: sample.continue_clips(model, tokenizer, x, opts, 0, [0])})[""]
+
+
+def sample_twins(bench, model, tokenizer) -> dict:
+    """The cache against computing the past again, and decoding in one batch against frame by frame."""
+    temporal, n, number = model.temporal, model.tokens, 64
+    p = torch.randn(1, number, n, model.channels, device=bench.device)
+    window, temporal.window = temporal.window, number
+    cache = Cache(temporal)
+
+    def cached():
+        cache.index = number - 1
+        temporal(p[:, -1:], cache)
+
+    with torch.no_grad():
+        temporal(p, cache)
+        attention = bench.in_turns({"cached": cached, "again": lambda: temporal(p)})
+        temporal.window = window
+        decoding = bench.in_turns({"at once": lambda: tokenizer.decode(p), "each": lambda: [tokenizer.decode(p[:, i : i + 1]) for i in range(number)]})
+    return {f"cached temporal transformer over computing all of {number} frames again, one clip": attention["again"] / attention["cached"],
+            f"decoding {number} frames of a clip at once over one by one": decoding["each"] / decoding["at once"]}  # fmt: skip
+
+
+def profile(bench, work):
+    """Where the device's time goes, by kernel."""
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if bench.device.type == "cuda" else [])]
+    with torch.profiler.profile(activities=activities) as seen, autocast(bench.device, bench.precision):
+        for _ in range(3):
+            bench.seconds(work)
+    print(seen.key_averages().table(sort_by=f"self_{bench.device.type}_time_total", row_limit=30, max_name_column_width=60))
+
 
 # ------------------------------------------------------------------------------------------------------------- the data
 
 
 def bench_data(args) -> dict:
-    """Random clips by `video.read_frames` against decoding the whole video, on one thread."""
+    """Clips a second of the configured source, and random clips by `video.read_frames` against decoding the whole video, on one thread."""
     torch.set_num_threads(1)
-    figures = {}
+    cfg = config.load(args.config, args.overrides)
+    source, begin = open_source(cfg), time.perf_counter()
+    for i in range(10 * args.repeats):
+        source.clip(i)
+    figures = {"source": type(source).__name__, "source_clips_per_second": 10 * args.repeats / (time.perf_counter() - begin)}
+    print(f"{figures['source']}: {figures['source_clips_per_second']:,.0f} clips/s and core of {cfg.data.frames} frames at {cfg.data.size}x{cfg.data.size}")
     with tempfile.TemporaryDirectory() as folder:
         if args.videos:
             paths = [Path(args.videos) / name for name in video.read_index(Path(args.videos))]
@@ -52,9 +319,6 @@ def bench_data(args) -> dict:
                 print(f"{path.name}: {row['frames']} frames; {args.frames} at {args.size}x{args.size} by seeking: {row['clips_per_second']:.1f} clips/s and core, "
                       f"{row['over_whole']:.1f} times decoding and scaling every frame, {row['over_decoding']:.1f} times decoding every frame and scaling "
                       f"only those; indexing {row['index_ms']:.1f} ms")  # fmt: skip
-    figures["encoding"] = share = encoding_share(args)
-    print(f"encoding latents: {share['flops']:.1%} of the FLOPs of a training step of {args.config} ({share['parameters'] / 1e6:.0f} M parameters)" + (
-        f", {share['time']:.1%} of its time here" if "time" in share else ""))  # fmt: skip
     return figures
 
 
@@ -100,137 +364,32 @@ def time_readers(path: Path, frames: int, size: int, repeats: int) -> dict:
             "over_whole": middle["whole"] / middle["seek"], "over_decoding": middle["decode"] / middle["seek"], "seconds": seconds}  # fmt: skip
 
 
-def encoding_share(args) -> dict:
-    """What encoding the frames costs beside the rest of a training step: by FLOPs, and by the clock on a GPU or for small models."""
-    cfg = config.load(args.config)
-    c = count(cfg)
-    share = {"flops": c["encode_flops"] / (c["encode_flops"] + c["step_flops"]), "parameters": c["parameters"]}
-    device = pick_device("auto")
-    if device.type == "cpu" and c["parameters"] > 5e6:
-        return share
-    model, tokenizer, x, draws = real_parts(cfg)
-    model, tokenizer, x = model.to(device), tokenizer.to(device), x.to(device)
-    draws = Draws(**{name: value.to(device) for name, value in vars(draws).items()})
-    wait, seconds = torch.cuda.synchronize if device.type == "cuda" else lambda: None, {"encode": [], "step": []}
-    for _ in range(args.repeats // 4 + 3):
-        with autocast(device, "bf16" if device.type == "cuda" else "fp32"):
-            marks = [time.perf_counter()]
-            with torch.no_grad():
-                f = tokenizer.encode(x)
-            wait(), marks.append(time.perf_counter())
-            model(f, draws)[0].backward()
-            wait(), marks.append(time.perf_counter())
-        seconds["encode"].append(marks[1] - marks[0]), seconds["step"].append(marks[2] - marks[1])
-    encode, step = (statistics.median(seconds[k][2:]) for k in ("encode", "step"))
-    return share | {"time": encode / (encode + step)}
-
-
 # ----------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def bench_save(args) -> dict:
     """Seconds of a training step and of writing its checkpoint (serialised, flushed to the disk, renamed), in turns."""
     cfg = config.load(args.config, args.overrides)
-    device = pick_device(cfg.device)
-    model, tokenizer, x, draws = real_parts(cfg)
-    model, tokenizer, x = model.to(device), tokenizer.to(device), x.to(device)
-    draws = Draws(**{name: value.to(device) for name, value in vars(draws).items()})
-    ema, optimizer = copy.deepcopy(model), train.make_optimizer(model, 1e-4, 0.0, device)
-    parts = {"net": model, "ema": ema, "optimizer": optimizer}
-    wait, seconds = torch.cuda.synchronize if device.type == "cuda" else lambda: None, {"step": [], "save": []}
+    bench = Bench(cfg, args.repeats)
+    t, seconds = Training(cfg, bench.device), {"step": [], "save": []}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+
+        def write(step):
+            states = {name: part.state_dict() for name, part in (("net", t.model), ("ema", t.ema), ("optimizer", t.optimizer))}
+            storage.keep({"step": step, "vae": vae.pack(t.tokenizer), **states}, folder, "", cfg.train.keep)
+
         for step in range(1, args.repeats + 3):
-            marks = [time.perf_counter()]
-            with autocast(device, "bf16" if device.type == "cuda" else "fp32"):
-                with torch.no_grad():
-                    f = tokenizer.encode(x)
-                model(f, draws)[0].backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step(), optimizer.zero_grad(), train.update_ema(ema, model, 0.999)
-            wait(), marks.append(time.perf_counter())
-            states = {name: part.state_dict() for name, part in parts.items()}
-            storage.keep({"step": step, "vae": vae.pack(tokenizer), **states}, folder, "", cfg.train.keep)
-            marks.append(time.perf_counter())
-            seconds["step"].append(marks[1] - marks[0]), seconds["save"].append(marks[2] - marks[1])
+            with autocast(bench.device, bench.precision):
+                seconds["step"].append(bench.seconds(t.step))
+            seconds["save"].append(bench.seconds(lambda step=step: write(step)))
         size = storage.steps(folder, "")[0].stat().st_size
     step, save = (statistics.mean(seconds[name][2:]) for name in ("step", "save"))
     print(f"{args.config}: a checkpoint of {size / 1e6:.1f} MB keeps training waiting for {1e3 * save:.0f} ms, {save / step:.2f} of a step's {1e3 * step:.0f} ms "
           f"(largest {1e3 * max(seconds['save'][2:]):.0f} ms); at one in {cfg.train.save_every} steps that is {save / step / cfg.train.save_every:.2%} of the time")  # fmt: skip
-    return {"bytes": size, "save_over_step": save / step, "share": save / step / cfg.train.save_every, "seconds": seconds}
+    return bench.figures | {"bytes": size, "save_over_step": save / step, "share": save / step / cfg.train.save_every, "seconds": seconds}
 
 
 # ------------------------------------------------------------------------------------------------- arithmetic and memory
-
-
-def real_parts(cfg):
-    """Model, tokenizer, a batch of clips (B, T, 3, H, W) and its draws, on whatever device or fake mode is in force."""
-    shape = (cfg.train.batch, cfg.data.frames, 3, cfg.data.size, cfg.data.size)
-    model, tokenizer = CanvasMAR(cfg), vae.Tokenizer(cfg.tokenizer)
-    return model, tokenizer, torch.zeros(shape), model.draw([torch.Generator() for _ in range(cfg.train.batch)], cfg.data.frames)
-
-
-def conv_backward_flops(grad_shape, x_shape, weight_shape, *args, **_) -> int:
-    """Twice the forward's, of a convolution with groups too, where torch's own formula counts a full one."""
-    return 2 * 2 * math.prod(grad_shape) * math.prod(weight_shape[1:])
-
-
-FORMULAS = {  # what torch's counter has no right formula for
-    torch.ops.aten.convolution_backward: conv_backward_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
-}
-
-
-def counter():
-    return FlopCounterMode(display=False, custom_mapping=FORMULAS)
-
-
-def count(cfg: config.Config) -> dict:
-    """FLOPs (a multiply-add is two) and bytes of one process: nothing is computed, tensors have shapes only.
-
-    `step_flops` forward and backward of a training step, `activation_bytes` what the forward keeps for the backward under bf16
-    autocast without compilation, `state_bytes` weights, gradients, AdamW's two moments and the average, all fp32.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model, tokenizer, x, draws = real_parts(cfg)
-        f, kept = torch.zeros(cfg.train.batch, cfg.data.frames, model.tokens, model.channels), {}
-
-        def keep(tensor):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-            return tensor
-
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
-        with counter() as encode, torch.no_grad():
-            tokenizer.encode(x)
-        with counter() as step, torch.autocast("cpu", torch.bfloat16):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss, _ = model(f, draws)
-            activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-            loss.backward()
-        noise = torch.zeros(cfg.tokenizer.batch * cfg.data.frames, cfg.tokenizer.channels, cfg.grid, cfg.grid)
-        with counter() as first_stage:
-            tokenizer(torch.zeros(len(noise), *x.shape[2:]), noise)[0].backward()
-        once, twice = (frame_flops(model, f, replace(cfg.sample, solver_steps=k)) for k in (1, 2))
-        parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-        parameters = sum(p.numel() for p in model.parameters())
-        return {
-            "parameters": parameters, "parts": parts, "tokenizer_parameters": sum(p.numel() for p in tokenizer.parameters()),
-            "tokens_a_frame": model.tokens, "tokens_a_step": cfg.train.batch * cfg.data.frames * model.tokens,
-            "encode_flops": encode.get_total_flops(), "step_flops": step.get_total_flops(), "tokenizer_step_flops": first_stage.get_total_flops(),
-            "sampling_flops_a_frame": once + (cfg.sample.solver_steps - 1) * (twice - once),
-            "activation_bytes": activations, "state_bytes": 20 * parameters,
-        }  # fmt: skip
-
-
-def frame_flops(model, f, opts) -> int:
-    """FLOPs of one frame more of one clip. f: latents of any clips."""
-    total = []
-    for frames in (1, 2):
-        with counter() as flops:
-            for _ in sample.generate(model, f[:1, :1], replace(opts, context=1, frames=1 + frames), 0, [0]):
-                pass
-        total.append(flops.get_total_flops())
-    return total[1] - total[0]
 
 
 def bench_cost(args) -> dict:
@@ -257,29 +416,34 @@ def main():
     what = sys.argv[1] if len(sys.argv) > 1 else ""
     parser = config.Parser(prog=f"bench.py {what}", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--json", help="also write the figures to this file")
-    if what == "data":
-        parser.add_argument("config", nargs="?", default="config.yaml")
-        parser.add_argument("--videos", help="a folder of videos (default: two are made, 10 s at 340x256 and 1280x720)")
-        for name, default in (("frames", 16), ("size", 64), ("repeats", 30)):
-            parser.add_argument(f"--{name}", type=int, default=default)
-    elif what == "save":
-        parser.add_argument("config", nargs="?", default="config.yaml"), parser.add_argument("overrides", nargs="*")
-        parser.add_argument("--folder", default=".", help="on the disk to be measured")
+    parser.add_argument("config", nargs=None if what == "cost" else "?", default="config.yaml")
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    if what != "cost":
         parser.add_argument("--repeats", type=int, default=20)
+    if what in ("train", "sample"):
+        parser.add_argument("--profile", action="store_true", help="also list the kernels that take longest")
+    if what == "sample":
+        parser.add_argument("--rollout", type=int, default=128, help="frames of the longest rollout")
+    elif what == "data":
+        parser.add_argument("--videos", help="a folder of videos (default: two are made, 10 s at 340x256 and 1280x720)")
+        for name, default in (("frames", 16), ("size", 64)):
+            parser.add_argument(f"--{name}", type=int, default=default, help="of the clips read from videos")
+    elif what == "save":
+        parser.add_argument("--folder", default=".", help="on the disk to be measured")
     elif what == "cost":
-        parser.add_argument("config"), parser.add_argument("overrides", nargs="*")
         parser.add_argument("--gpus", type=int, default=8)
         parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of a GPU (default: H100, dense bf16)")
         parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
-    else:
-        raise UserError("usage: bench.py data|save|cost ... (--help after either lists the options)")
+    ways = {"train": bench_train, "sample": bench_sample, "data": bench_data, "save": bench_save, "cost": bench_cost}
+    if what not in ways:
+        raise UserError(f"usage: bench.py {'|'.join(ways)} ... (--help after either lists the options)")
     args = parser.parse_args(sys.argv[2:])
-    for name in ("frames", "size", "repeats", "gpus", "peak", "mfu"):
-        if getattr(args, name, 1) <= 0:
-            raise UserError(f"--{name}={getattr(args, name)} must be more than 0")
+    for name, least in (("frames", 1), ("size", 1), ("repeats", 1), ("rollout", 8), ("gpus", 1), ("peak", 1e-9), ("mfu", 1e-9)):
+        if getattr(args, name, least) < least:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least {least:g}")
     if args.json:
         storage.make_folder(Path(args.json).parent)
-    figures = {"data": bench_data, "save": bench_save, "cost": bench_cost}[what](args)
+    figures = ways[what](args)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1))
 

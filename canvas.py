@@ -36,6 +36,17 @@ class CanvasMAR(nn.Module):
     def forward(self, f, draws: "Draws"):
         """L = L_diff + lambda L_canvas. Logs: loss, diffusion and, with a canvas, canvas and copy (the mean squared
         error of the canvas and of the frame before, over frames that have one)."""
+        z_t, z_s, canvas_loss, logs = self.conditions(f, draws)
+        masked = torch.zeros(f.shape[:3], dtype=torch.bool, device=f.device).flatten(1).scatter(1, draws.masked, True)
+        frames = partial(rearrange, pattern="b t n d -> (b t) n d")
+        # The last MLP and the head run on the masked tokens only, always K of them.
+        c = self.mar(frames(f), masked.view(-1, self.tokens), frames(z_t), frames(z_s), draws.masked)  # (B, K, D)
+        diffusion = self.head.loss(take(f.flatten(1, 2), draws.masked), c, draws.tau, draws.eps).mean()
+        loss = diffusion + self.cfg.canvas_weight * canvas_loss
+        return loss, {"loss": loss.detach(), "diffusion": diffusion.detach(), **logs}
+
+    def conditions(self, f, draws: "Draws"):
+        """What the masked transformer is told: z_t and z_s (B, T, N, D), noisy and dropped as the draws say; L_canvas and its logs."""
         p = torch.cat([self.start.expand(len(f), 1, -1, -1), f[:, :-1]], dim=1)  # (B, T, N, C) the frame before each
         z_t = self.temporal(p)  # (B, T, N, D)
         logs, canvas_loss = {}, f.new_zeros(())
@@ -49,14 +60,7 @@ class CanvasMAR(nn.Module):
             z_s = perturb(z_s, draws.sigma, draws.noise)  # canvas augmentation
             z_s = torch.where(draws.drop_canvas[:, None, None, None], torch.zeros_like(z_s), z_s)
         z_t = torch.where(draws.drop_temporal[:, None, None, None], self.null.to(z_t.dtype), z_t)
-
-        masked = torch.zeros(f.shape[:3], dtype=torch.bool, device=f.device).flatten(1).scatter(1, draws.masked, True)
-        frames = partial(rearrange, pattern="b t n d -> (b t) n d")
-        # The last MLP and the head run on the masked tokens only, always K of them.
-        c = self.mar(frames(f), masked.view(-1, self.tokens), frames(z_t), frames(z_s), draws.masked)  # (B, K, D)
-        diffusion = self.head.loss(take(f.flatten(1, 2), draws.masked), c, draws.tau, draws.eps).mean()
-        loss = diffusion + self.cfg.canvas_weight * canvas_loss
-        return loss, {"loss": loss.detach(), "diffusion": diffusion.detach(), **logs}
+        return z_t, z_s, canvas_loss, logs
 
     def draw(self, generators: list[torch.Generator], frames: int, ratio: float | None = None) -> "Draws":
         """All randomness of one training step, one generator per clip, on the generators' device.

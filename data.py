@@ -65,14 +65,14 @@ class Stream(torch.utils.data.Dataset):
         return self.source.clip(self.index(position)), position
 
 
-def loader(source, seed: int, batch: int, first: int, last: int, rank=0, ranks=1, workers=0):
-    """Batches `first` to `last`: yields clips (batch, T, 3, H, W) and their positions (batch,).
+def loader(source, seed: int, batch: int, first: int, last: int, rank=0, ranks=1, workers=0, pin=False):
+    """Batches `first` to `last`: yields clips (batch, T, 3, H, W) and their positions (batch,). Pinned, they go to a GPU while it computes.
 
     Batch n of rank r holds the positions n*ranks*batch + r*batch + (0..batch-1), so the ranks share out each epoch
     exactly and a run that goes on from batch n sees what the unbroken run would have seen.
     """
     batches = Batches(batch, first, last, rank, ranks)
-    return torch.utils.data.DataLoader(Stream(source, seed), batch_sampler=batches, num_workers=workers, worker_init_fn=_deaf)
+    return torch.utils.data.DataLoader(Stream(source, seed), batch_sampler=batches, num_workers=workers, worker_init_fn=_deaf, pin_memory=pin)
 
 
 def _deaf(_worker):

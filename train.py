@@ -225,7 +225,7 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
     if machine.ranks > 1:
         wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
     a = stage.accumulate
-    batches = iter(data.loader(source, cfg.seed, stage.batch, first * a, stage.steps * a, machine.rank, machine.ranks, cfg.data.workers))
+    batches = iter(data.loader(source, cfg.seed, stage.batch, first * a, stage.steps * a, machine.rank, machine.ranks, cfg.data.workers, device.type == "cuda"))
     bad = torch.zeros((), dtype=torch.long, device=device)  # the first step that was not finite
     bar = tqdm(total=stage.steps, initial=first, desc=stage.kind.split("-")[0], unit="step", disable=machine.rank > 0)
     net.train()
@@ -235,11 +235,8 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
             for group in optimizer.param_groups:
                 group["lr"] = stage.lr * lr_share(step, t.warmup, stage.steps)
             loss, logs = backward(cfg, machine, stage, wrapped, batches)
-            norm = nn.utils.clip_grad_norm_(net.parameters(), t.clip if t.clip > 0 else math.inf)
+            norm = update(net, ema, optimizer, t.clip, ema_decay(step, t.ema))
             bad = torch.where((bad == 0) & ~torch.isfinite(loss + norm), step, bad)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            update_ema(ema, net, ema_decay(step, t.ema))
             stop, last, line = machine.largest(machine.stopped), step == stage.steps, {}
             due = [last or step % every == 0 for every in (LOG_EVERY, t.preview_every, t.save_every)]
             if any(due) or stop:
@@ -344,6 +341,15 @@ def ema_decay(step: int, decay: float) -> float:
     """Decay of the average at step 1, 2, ...: (1 + step) / (10 + step) until it reaches `decay`, so that early samples
     do not show the initial weights."""
     return min(decay, (1 + step) / (10 + step))
+
+
+def update(net, ema, optimizer, clip, decay):
+    """Clip the gradients, step, average; returns their norm. Nothing here waits for the device."""
+    norm = nn.utils.clip_grad_norm_(net.parameters(), clip if clip > 0 else math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    update_ema(ema, net, decay)
+    return norm
 
 
 @torch.no_grad()

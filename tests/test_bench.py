@@ -5,46 +5,13 @@ import sys
 
 import pytest
 import test_video
-import torch
 import yaml
-from conftest import ROOT, TINY, script, tiny, tiny_model
+from conftest import ROOT, TINY, script
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bench
 import config
-import mar
 from canvas import CanvasMAR
-
-
-def test_counting_without_computing_counts_what_computing_does():
-    cfg = tiny("train.batch=3")
-    counted = bench.count(cfg)
-    model, tokenizer, x, draws = bench.real_parts(cfg)
-    with bench.counter() as step:
-        model(torch.zeros(3, 3, 16, 2), draws)[0].backward()
-    assert counted["step_flops"] == step.get_total_flops() > 0
-    assert counted["parameters"] == sum(p.numel() for p in tiny_model().parameters()) == sum(counted["parts"].values()) + model.start.numel() + model.null.numel()
-    assert counted["tokens_a_frame"] == 16 and counted["tokens_a_step"] == 3 * 3 * 16
-    twice = bench.count(tiny("train.batch=6"))
-    assert twice["step_flops"] == pytest.approx(2 * counted["step_flops"], rel=1e-3)
-    assert twice["activation_bytes"] == pytest.approx(2 * counted["activation_bytes"], rel=0.1)
-
-
-def test_convolutions_in_groups_and_attention_are_counted_by_hand():
-    x, block = torch.zeros(2, 16, 8, requires_grad=True), mar.Block(8, 2, 4)
-    with bench.counter() as flops:
-        block(x).sum().backward()
-    linear = 2 * 32 * 8 * (24 + 8 + 32 + 32)  # qkv, out, and the two layers of the MLP
-    convolution, products = 2 * 32 * 8 * 9, 2 * 2 * (2 * 16 * 16 * 8)  # q k' and (q k') v
-    assert flops.get_total_flops() == 3 * linear + 3 * convolution + products + 2.5 * products  # attention's backward computes q k' again
-
-
-def test_sampling_costs_grow_with_steps_and_guidance():
-    flops = lambda *o: bench.count(tiny("sample.cfg_temporal=1", "sample.cfg_canvas=1", *o))["sampling_flops_a_frame"]
-    assert flops("sample.steps=4") > flops("sample.steps=2") > flops("sample.steps=1")
-    four, two, one = (flops(f"sample.solver_steps={k}") for k in (4, 2, 1))
-    assert four - two == 2 * (two - one) > 0
-    assert flops("sample.cfg_temporal=2", "sample.cfg_canvas=3") > flops("sample.cfg_temporal=2", "sample.cfg_canvas=2") > flops()
 
 
 @pytest.mark.parametrize("name, millions", [("bair", 95.6), ("ucf101", 205.0), ("kinetics600", 247.7)])
@@ -85,17 +52,45 @@ def test_the_cost_of_a_checkpoint_is_measured_and_nothing_is_left(tmp_path, monk
     assert figures["share"] == pytest.approx(figures["save_over_step"] / 50) and figures["bytes"] > 1e5
 
 
+def bench_here(monkeypatch, *command):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, command)])
+    bench.main()
+
+
+def test_a_training_step_is_taken_apart_and_compared(tmp_path, monkeypatch, capsys):
+    bench_here(monkeypatch, "train", ROOT / "config.yaml", *TINY, "--repeats", 2, "--profile", "--json", tmp_path / "t.json")
+    out, figures = capsys.readouterr().out, json.loads((tmp_path / "t.json").read_text())
+    assert {"encode", "temporal", "canvas", "masked transformer", "head", "optimizer, average", "drawing noise", "data (pushing)"} == figures["part_seconds"].keys()
+    assert all(name in out for name in figures["part_seconds"]) and "aten::" in out and " MFU" in out
+    counted = figures["counted"]
+    assert figures["mfu"] == pytest.approx((counted["step_flops"] + counted["encode_flops"]) / figures["step_seconds"] / figures["matmul_peak"])
+    assert 0 < figures["mfu"] < 1 and len(figures["times_faster"]) >= 3 and all(ratio > 0 for ratio in figures["times_faster"].values())
+
+
+@pytest.mark.parametrize("canvas", ["true", "false"])
+def test_a_generated_frame_is_taken_apart_and_compared(tmp_path, monkeypatch, capsys, canvas):
+    bench_here(monkeypatch, "sample", ROOT / "config.yaml", *TINY, f"model.canvas={canvas}", "--repeats", 2, "--rollout", 9, "--json", tmp_path / "s.json")
+    out, figures = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())
+    assert figures["part_seconds"].keys() == {"temporal", "masked transformer", "head", "rest"} | ({"canvas"} if canvas == "true" else set())
+    assert len(figures["rollout_seconds"]) == 9 and figures["first_frame_seconds"] > 0 and "of the floor" in out
+    assert figures["share_of_floor"] == pytest.approx(2 * figures["counted"]["sampling_flops_a_frame"] / figures["matmul_peak"] / figures["frame_seconds"])
+
+
+def test_recipes_are_timed_without_their_data(tmp_path):
+    source = bench.open_source(config.load(ROOT / "configs" / "kinetics600.yaml"))
+    assert source.clip(0).shape == (16, 3, 64, 64)
+
+
 def test_as_commands(tmp_path, monkeypatch):
     bench.make_video(tmp_path / "v.mp4", 128, 64, seconds=2)
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "v.mp4").read_bytes()[:9000])
     test_video.write_images(tmp_path / "folder", 20)
     out, _ = script("bench.py", "data", "--videos", tmp_path, "--repeats", 2, "--json", tmp_path / "data.json")
-    assert "v.mp4: 60 frames" in out and "encoding latents" in out
-    assert json.loads((tmp_path / "data.json").read_text())["encoding"]["flops"] < 0.1
+    assert "v.mp4: 60 frames" in out and "Pushing: " in out
+    assert json.loads((tmp_path / "data.json").read_text())["source_clips_per_second"] > 10
     for command in ([], ["other"], ["cost"], ["cost", "none.yaml"], ["data", "--videos", tmp_path / "none"], ["cost", "config.yaml", "model.x=1"],
-                    ["data", "--repeats", 0], ["cost", "config.yaml", "--peak", 0]):  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, command)])
+                    ["data", "--repeats", 0], ["sample", "--rollout", 1], ["train", "config.yaml", "train.x=1"], ["train", "--gpus", 1], ["cost", "config.yaml", "--peak", 0]):  # fmt: skip
         with pytest.raises(config.UserError):
-            bench.main()
+            bench_here(monkeypatch, *command)
     _, err = script("bench.py", "other", expect=2)
     assert err.startswith("error: usage: ") and len(err.strip().splitlines()) == 1

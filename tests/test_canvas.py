@@ -4,13 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canvas import Cache, clip_generator, perturb, validate
-from mar import rotate
 
 
 def clips(model, batch=2, frames=5, seed=0):
@@ -53,17 +51,6 @@ def test_cached_frames_equal_full_attention_in_any_portions_also_past_the_window
             parts.append(model.temporal(p[:, cache.index : cache.index + portion], cache))
         torch.testing.assert_close(torch.cat(parts, dim=1), model.temporal(p), atol=1e-5, rtol=1e-5)
     assert all(ring.shape[-2] == window * model.tokens for ring in cache.rings)  # whatever the number of frames
-
-
-@given(st.integers(1, 7), st.integers(1, 8), st.integers(0, 2**31))
-def test_attention_by_windows_equals_attention_under_a_mask(frames, window, seed):
-    temporal = tiny_model(f"model.window={window}", "data.frames=9").temporal
-    q, k, v = torch.randn(3, 2, 2, frames * temporal.tokens, 8, generator=torch.Generator().manual_seed(seed))
-    age = torch.arange(frames)[:, None] - torch.arange(frames)[None]
-    mask = ((age >= 0) & (age < window)).repeat_interleave(temporal.tokens, 0).repeat_interleave(temporal.tokens, 1)  # (T*N, T*N)
-    turn = torch.rand(frames * temporal.tokens, 4, generator=torch.Generator().manual_seed(seed))
-    expected = F.scaled_dot_product_attention(rotate(q, turn), rotate(k, turn), v, attn_mask=mask)
-    torch.testing.assert_close(temporal._attend(q, k, v, turn, None), expected, atol=1e-5, rtol=1e-5)
 
 
 @given(st.floats(0, 3))

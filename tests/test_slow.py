@@ -1,0 +1,188 @@
+"""Fast ways equal their slow twins; what is compiled is compiled once and whole; nothing waits for the device."""
+
+import dataclasses
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from conftest import tiny, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import flops
+import sample
+import slow
+import train
+from canvas import clip_generator
+from machine import autocast
+
+scales = st.sampled_from([-0.5, 0, 1, 1.3, 2])
+
+
+def latents(model, batch=2, frames=5, seed=0):
+    return torch.randn(batch, frames, model.tokens, model.channels, generator=torch.Generator().manual_seed(seed))
+
+
+def draws_of(model, batch=2, frames=5, seed=0):
+    return model.draw([clip_generator(seed, i) for i in range(batch)], frames)
+
+
+def options(model, context, **changes):
+    return dataclasses.replace(tiny().sample, **{"context": context, "frames": context + 3, **changes})
+
+
+@settings(max_examples=20)
+@given(st.booleans(), st.integers(0, 4), st.integers(1, 16), st.sampled_from(["random", "motion"]), scales, scales, st.sampled_from(["euler", "midpoint"]))
+def test_the_sampler_equals_one_without_cache_with_every_branch_and_token_every_time(canvas, context, steps, order, w_t, w_s, solver):
+    model = tiny_model(f"model.canvas={str(canvas).lower()}", "data.frames=9", "model.window=9", "model.mar_depth=2")
+    opts = options(model, context, steps=steps, order=order if canvas else "random", cfg_temporal=w_t, cfg_canvas=w_s, solver=solver)
+    x = latents(model, 3, context)
+    fast = torch.stack([frame.latent for frame in sample.generate(model, x, opts, 7, [2, 0, 5])])
+    torch.testing.assert_close(fast, torch.stack(list(slow.slow_frames(model, x, opts, 7, [2, 0, 5]))), atol=2e-3, rtol=2e-3)
+
+
+@settings(max_examples=10)
+@given(st.booleans(), st.integers(0, 1000), st.floats(0.1, 1))
+def test_the_head_on_masked_tokens_has_the_loss_and_gradients_of_the_head_on_all(canvas, seed, ratio):
+    model = tiny_model(f"model.canvas={str(canvas).lower()}", "model.mar_depth=2")
+    f, draws = latents(model, seed=seed), model.draw([clip_generator(seed, i) for i in range(2)], 5, ratio)
+    gradients = []
+    for way in (lambda: model(f, draws)[0], lambda: slow.loss_everywhere(model, f, draws)):
+        model.zero_grad()
+        loss = way()
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 7), st.integers(1, 8))
+def test_attention_by_windows_has_the_result_and_gradients_of_attention_under_a_mask(frames, window):
+    model, found = tiny_model(f"model.window={window}", "data.frames=9"), []
+    temporal = model.temporal
+    for way in (temporal._attend, slow.masked_attention(temporal, frames, "cpu")):
+        temporal._attend = way
+        p = latents(model, 2, frames).requires_grad_()
+        z_t = temporal(p)
+        (z_t * torch.arange(z_t.numel()).view_as(z_t).cos()).sum().backward()
+        found.append((z_t.detach(), p.grad))
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
+
+
+def test_recomputing_blocks_changes_no_gradient_and_keeps_less():
+    found = []
+    for recompute in ("false", "true"):
+        model = tiny_model(f"train.recompute={recompute}", "model.mar_depth=3")
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            loss = model(latents(model), draws_of(model))[0]
+        loss.backward()
+        found.append((sum(kept), [p.grad for p in model.parameters()]))
+    assert found[1][0] < 0.6 * found[0][0]
+    torch.testing.assert_close(found[0][1], found[1][1])
+    counted = [flops.count(tiny(f"train.recompute={r}"))["activation_bytes"] for r in ("false", "true")]
+    assert counted[1] < counted[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- compilation
+
+
+@pytest.fixture
+def counters():
+    torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_training_is_one_graph_without_breaks_and_never_compiled_again(recompute, counters):
+    model = tiny_model(f"train.recompute={recompute}", "data.frames=5")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for seed in range(4):
+        f, draws = latents(model, seed=seed), draws_of(model, seed=seed)
+        expected, _ = model(f, draws)
+        loss, logs = compiled(f, draws)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"] and logs["canvas"] > 0
+
+
+def test_the_tokenizer_is_one_graph_too(counters):
+    _, tokenizer, x, _ = flops.real_parts(tiny())
+    compiled, shape = torch.compile(tokenizer, backend="aot_eager", fullgraph=True), (6, 2, 4, 4)
+    for _ in range(3):
+        compiled(x.flatten(0, 1), torch.randn(shape))[0].backward()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_sampler_compiles_each_of_its_shapes_once(counters, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: calls.append(mode) or torch._dynamo.optimize("eager", nopython=True, dynamic=dynamic)(f))
+    model = tiny_model()
+    opts = options(model, 2, steps=4, frames=3, cfg_temporal=1.5, cfg_canvas=2, solver_steps=3)
+    generated = lambda number: torch.stack([f.latent for f in sample.generate(model, latents(model, 2, 2), dataclasses.replace(opts, frames=2 + number), 0, [0, 1])])
+    expected = generated(6)
+    sample.compile_parts(model)
+    generated(1)
+    once = counters["stats"]["unique_graphs"]
+    torch.testing.assert_close(generated(6), expected, atol=1e-4, rtol=1e-4)
+    sizes = len(set(b - a for a, b in zip([0, *sample.reveal_schedule(16, 4, "random")], sample.reveal_schedule(16, 4, "random"))))
+    assert calls == ["reduce-overhead"] * 2 and once == counters["stats"]["unique_graphs"] == 2 * sizes
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler")
+def test_compiled_sampling_equals_eager(counters):
+    model = tiny_model()
+    x, opts = latents(model, 2, 2), options(model, 2, steps=2, cfg_temporal=1.5, cfg_canvas=1.5)
+    expected = [frame.latent for frame in sample.generate(model, x, opts, 0, [0, 1])]
+    sample.compile_parts(model)
+    torch.testing.assert_close([frame.latent for frame in sample.generate(model, x, opts, 0, [0, 1])], expected, atol=1e-4, rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- no waiting
+
+
+def test_a_training_step_reads_nothing_back_from_the_device():
+    cfg = tiny()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # its tensors hold no numbers: whoever asks for one fails
+        model, tokenizer, x, draws = flops.real_parts(cfg)
+        ema, optimizer = flops.real_parts(cfg)[0].requires_grad_(False), train.make_optimizer(model, 1e-3, 0.1, torch.device("cpu"))
+        for _ in range(2):
+            with torch.no_grad():
+                f = tokenizer.encode(x)
+            loss, _ = model(f, draws)
+            loss.backward()
+            norm = train.update(model, ema, optimizer, 1.0, 0.9)
+        with pytest.raises(DataDependentOutputException):
+            norm.item()
+
+
+@given(st.sampled_from(["fp32", "bf16"]))
+def test_weights_rounded_once_give_what_autocast_gives(precision):
+    found = []
+    for rounded in (False, True):
+        model = tiny_model()
+        if rounded:
+            sample.to_precision(precision, model)
+        with autocast(torch.device("cpu"), precision):
+            found.append(torch.stack([f.latent for f in sample.generate(model, latents(model, 2, 2), options(model, 2), 0, [0, 1])]))
+    assert torch.equal(*found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_steps_and_sampling_do_not_wait_and_compiled_sampling_equals_eager(counters):
+    model, device = tiny_model().cuda(), torch.device("cuda")
+    ema, optimizer = tiny_model().cuda().requires_grad_(False), train.make_optimizer(model, 1e-3, 0.1, device)
+    f = latents(model).cuda()
+    for mode in ("default", "error"):  # the first step may allocate and choose kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        model(f, model.draw([clip_generator(0, i, device) for i in range(2)], 5))[0].backward()
+        train.update(model, ema, optimizer, 1.0, 0.9)
+    torch.cuda.set_sync_debug_mode("default")
+    generated = partial(lambda opts: torch.stack([f.latent for f in sample.generate(model.eval(), latents(model, 2, 2).cuda(), opts, 0, [0, 1])]), options(model, 2, frames=12))
+    with torch.no_grad():
+        expected = generated()
+        sample.compile_parts(model)
+        torch.testing.assert_close(generated(), expected, atol=1e-3, rtol=1e-2)
