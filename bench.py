@@ -11,16 +11,18 @@ Times are medians, ratios those of medians over repeats that take turns in one p
 
 import contextlib
 import copy
+import importlib
+import itertools
 import json
 import math
 import os
 import platform
-import resource
 import statistics
 import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +35,10 @@ import storage
 import tokenizer as vae
 import train
 import video
-from canvas import Cache, CanvasMAR, Draws, clip_generator
+from canvas import Cache, CanvasMAR, clip_generator
 from config import UserError
-from flops import count, real_parts, step_parts, watched
-from machine import Machine, autocast, keep_freed_memory, pick_device, pick_precision
-from mar import Block
+from flops import blocks, count, real_parts, step_parts, watched
+from machine import Machine, autocast, compiler_in_words, compiles, pick_device, pick_precision
 from slow import loss_everywhere, masked_attention, slow_frames
 
 # ------------------------------------------------------------------------------------------------------ taking the time
@@ -48,8 +49,6 @@ class Bench:
 
     def __init__(self, cfg, repeats):
         self.device, self.repeats = pick_device(cfg.device), repeats
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.precision = pick_precision(cfg, Machine(self.device, 0, 1), None)
         self.wait = getattr(torch, self.device.type).synchronize if self.device.type != "cpu" else lambda: None
         self.name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()} {self.device.type}"
@@ -63,13 +62,22 @@ class Bench:
         return time.perf_counter() - begin
 
     def in_turns(self, ways: dict, repeats=None, warm_up=3) -> dict:
-        """Median seconds of each of several pieces of work, taken in turns so that what else the machine does hits all alike."""
+        """Median seconds of each of several pieces of work, which take turns, so that what else the machine does hits all alike."""
         taken = {name: [] for name in ways}
         for number in range(warm_up + (repeats or self.repeats)):
             for name, work in ways.items():
-                with autocast(self.device, self.precision):
-                    taken[name].append(self.seconds(work))
+                taken[name].append(self.seconds(work))
         return {name: statistics.median(times[warm_up:]) for name, times in taken.items()}
+
+    def autocast(self):
+        return autocast(self.device, self.precision)
+
+    def cast(self, work):
+        def inside():
+            with self.autocast():
+                return work()
+
+        return inside
 
     def matmul_peak(self) -> float:
         """FLOPs a second of the fastest of several square matrix products, in the precision of the rest."""
@@ -98,18 +106,26 @@ def table(rows, floor):
 class Training:
     """What one process of train.py holds, and its step, on a made-up batch."""
 
-    def __init__(self, cfg, device):
-        model, tokenizer, x, draws = real_parts(cfg)
-        self.model, self.tokenizer, self.x = model.to(device), tokenizer.to(device).requires_grad_(False), torch.rand_like(x, device=device) * 2 - 1
-        self.draws = Draws(**{name: value.to(device) for name, value in vars(draws).items()})
+    def __init__(self, cfg, bench):
+        device, (model, tokenizer, x, _) = bench.device, real_parts(cfg)
+        self.cfg, self.autocast, self.device = cfg, bench.autocast, device
+        self.model, self.tokenizer, self.x = model.to(device), vae.unpack(vae.pack(tokenizer), "", device), torch.rand_like(x, device=device) * 2 - 1
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = train.make_optimizer(self.model, 1e-4, 0.0, device)
 
-    def step(self, net=None):
-        with torch.no_grad():
-            f = self.tokenizer.encode(self.x)
-        (net or self.model)(f, self.draws)[0].backward()
+    def step(self, encode=None, net=None):
+        """encode and net: the compiled ones, say."""
+        encode, net = encode or self.tokenizer.encode, self.model if net is None else net
+        with torch.no_grad(), self.autocast():
+            f = encode(self.x)
+        draws = self.draw()
+        with self.autocast():
+            loss, _ = net(f, draws)
+        loss.backward()
         self.update()
+
+    def draw(self, ratio=None):
+        return self.model.draw([clip_generator(0, i, self.device) for i in range(len(self.x))], self.cfg.data.frames, ratio)
 
     def update(self):
         train.update(self.model, self.ema, self.optimizer, 1.0, 0.999)
@@ -119,31 +135,28 @@ def bench_train(args) -> dict:
     """A training step of one process: time, MFU, memory, where the time goes, and the fast ways beside the slow ones."""
     cfg = config.load(args.config, args.overrides)
     bench, counted = Bench(cfg, args.repeats), count(cfg)
-    device, compiled = bench.device, cfg.train.compile == "true" or (cfg.train.compile == "auto" and bench.device.type == "cuda")
-    t, peak = Training(cfg, device), bench.matmul_peak()
+    device, compiled = bench.device, compiles(cfg, bench.device)
+    t, peak = Training(cfg, bench), bench.matmul_peak()
     bench.headline(peak)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    ways = {"eager": t.step} | ({"compiled": lambda net=torch.compile(t.model): t.step(net)} if compiled else {})
+    ways = {"eager": t.step} | ({"compiled": partial(t.step, torch.compile(t.tokenizer.encode), torch.compile(t.model))} if compiled else {})
     steps = bench.in_turns(ways)
     step, flops = steps["compiled" if compiled else "eager"], counted["step_flops"] + counted["encode_flops"]
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"{args.config}: {1e3 * step:.4g} ms a step, {counted['tokens_a_step'] / step:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP, {flops / step / peak:.1%} MFU; "
-          f"peak memory {memory / 2**30:.2f} GiB, activations without compilation {counted['activation_bytes'] / 2**30:.2f} GiB (counted)")  # fmt: skip
-    source, generators = open_source(cfg), [clip_generator(0, i, device) for i in range(cfg.train.batch)]
-    parts = step_parts(t.model, t.tokenizer, t.x, t.draws, torch.compile if compiled else lambda part: part)
+    memory = peak_memory(bench, ways["compiled" if compiled else "eager"])
+    print(f"{args.config}: {1e3 * step:.4g} ms a step, {counted['tokens_a_step'] / step:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP, "
+          f"{flops / step / peak:.1%} MFU (of the measured products); peak memory {memory / 2**30:.2f} GiB{' of the process' if device.type != 'cuda' else ''}, "
+          f"activations without compilation {counted['activation_bytes'] / 2**30:.2f} GiB (counted)")  # fmt: skip
+    source, numbers = open_source(cfg), itertools.count()
+    parts = step_parts(t.model, t.tokenizer, t.x, t.draw(), torch.compile if compiled else lambda part: part, bench.autocast)
     others = {
         "optimizer, average": t.update,
-        "drawing noise": lambda: t.model.draw(generators, cfg.data.frames),
-        f"data ({source.__class__.__name__.lower()})": lambda: torch.stack([source.clip(i) for i in range(cfg.train.batch)]),
+        "drawing noise": t.draw,
+        f"data ({type(source).__name__.lower()})": lambda: torch.stack([source.clip(next(numbers)) for _ in range(cfg.train.batch)]),
     }
-    t.step(), t.model.zero_grad()
-    for p in t.model.parameters():
-        p.grad = torch.zeros_like(p)
     seconds = bench.in_turns(parts | others)
     table({name: (s, counted["part_flops"].get(name, 0)) for name, s in seconds.items()}, peak)
-    note = f", hidden by {cfg.data.workers} data.workers" if cfg.data.workers else ""
-    print(f"{'(parts alone, forward and backward; data in one process' + note + ')'}")
+    *inside, making = seconds.values()
+    print(f"(each part alone, forward and backward; without data they add up to {sum(inside) / step:.2f} steps; data made by one process"
+          f"{f', of {cfg.data.workers} data.workers' if cfg.data.workers else ''}: {making / step:.2f} steps)")  # fmt: skip
     ratios = {"compiled over eager": steps["eager"] / step} if compiled else {}
     ratios |= train_twins(bench, cfg, t)
     for name, ratio in ratios.items():
@@ -154,49 +167,65 @@ def bench_train(args) -> dict:
                             "peak_memory_bytes": memory, "part_seconds": seconds, "counted": counted, "times_faster": ratios}  # fmt: skip
 
 
+def peak_memory(bench, work) -> int:
+    """Bytes: of tensors during the work on a GPU, else of the whole process; 0 where the system does not say."""
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        bench.seconds(work)
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(ImportError):
+        resource = importlib.import_module("resource")  # not on Windows
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
+
+
 def open_source(cfg):
     """The configured clips, or where they are not at hand the built-in ones."""
     with contextlib.suppress(UserError):
-        return data.open_source(cfg.data, cfg.seed, "train", cfg.data.frames)
+        return data.open_source(cfg.data, cfg.seed, "train", cfg.data.frames, Path(cfg.run) / "index.json")
     return data.open_source(replace(cfg.data, name="pushing", path="", size=min(64, max(32, cfg.data.size))), cfg.seed, "train", cfg.data.frames)
 
 
 def train_twins(bench, cfg, t) -> dict:
-    """How many times faster each fast way is than its slow twin."""
-    model, frames = t.model, cfg.data.frames
+    """How many times faster each fast way is than its slow twin, forward and backward."""
+    model, frames, ratios = t.model, cfg.data.frames, {}
     f = torch.randn(len(t.x), frames, model.tokens, model.channels, device=bench.device)
-    half = Draws(**{k: v.to(bench.device) for k, v in vars(model.draw([torch.Generator() for _ in t.x], frames, 0.5)).items()})
-    p, ratios = f[:1].expand(len(f), -1, -1, -1), {}
-    both = lambda fast, slow: (lambda s: s["slow"] / s["fast"])(bench.in_turns({"fast": fast, "slow": slow}))
-    ratios["head on the masked tokens only, mask ratio 0.5, forward and backward"] = both(
-        lambda: model(f, half)[0].backward(), lambda: loss_everywhere(model, f, half).backward())  # fmt: skip
-    attend = model.temporal._attend
-    slow = masked_attention(model.temporal, frames, bench.device)
+    draws, half, attend = t.draw(), t.draw(0.5), model.temporal._attend
+
+    def loss(way=lambda f, draws: model(f, draws)[0], draws=draws, precision=bench.precision):
+        with autocast(bench.device, precision):
+            out = way(f, draws)
+        out.backward()
 
     def temporal(way):
         model.temporal._attend = way
-        model.temporal(p).sum().backward()
-        model.temporal._attend = attend
-
-    ratios["temporal transformer, attention by windows instead of a mask"] = both(lambda: temporal(attend), lambda: temporal(slow))
-    del model.temporal._attend
+        with bench.autocast():
+            out = model.temporal(f).sum()
+        out.backward()
 
     def recompute(on):
-        for block in (part for part in model.modules() if isinstance(part, Block)):
+        for block in blocks(model):
             block.recompute = on
-        model(f, t.draws)[0].backward()
+        loss()
 
-    ratios["all kept for the backward pass, instead of train.recompute"] = both(lambda: recompute(False), lambda: recompute(True))
-    recompute(cfg.train.recompute)
+    def on(threads):
+        torch.set_num_threads(threads)
+        loss()
+        torch.set_num_threads(all_threads)
+
+    def compare(name, fast, slow):
+        seconds = bench.in_turns({"fast": fast, "slow": slow})
+        ratios[name] = seconds["slow"] / seconds["fast"]
+
+    compare("head on the masked tokens only, mask ratio 0.5", lambda: loss(draws=half), lambda: loss(partial(loss_everywhere, model), half))
+    masked = masked_attention(model.temporal, frames, bench.device)
+    compare("temporal transformer by windows instead of under a mask", lambda: temporal(attend), lambda: temporal(masked))
+    del model.temporal._attend
+    compare("all kept for the backward pass, instead of train.recompute", lambda: recompute(False), lambda: recompute(True))
     if bench.device.type == "cpu":
-        threads = torch.get_num_threads()
-
-        def on(number):
-            torch.set_num_threads(number)
-            model(f, t.draws)[0].backward()
-            torch.set_num_threads(threads)
-
-        ratios[f"{threads} threads instead of one"] = both(lambda: on(threads), lambda: on(1))
+        all_threads = torch.get_num_threads()
+        compare(f"{all_threads} threads instead of one", lambda: on(all_threads), lambda: on(1))
+        compare("fp32 instead of bf16", lambda: loss(precision="fp32"), lambda: loss(precision="bf16"))
     return ratios
 
 
@@ -208,47 +237,48 @@ def bench_sample(args) -> dict:
     cfg = config.load(args.config, args.overrides)
     bench, counted, opts = Bench(cfg, args.repeats), count(cfg), cfg.sample
     device, batch, window = bench.device, cfg.sample.clips, cfg.model.window
-    compiled = cfg.train.compile == "true" or (cfg.train.compile == "auto" and device.type == "cuda")
-    model, tokenizer = CanvasMAR(cfg).to(device).eval().requires_grad_(False), vae.Tokenizer(cfg.tokenizer).to(device).requires_grad_(False)
+    compiled = compiles(cfg, device)
+    model, tokenizer = CanvasMAR(cfg).to(device).eval().requires_grad_(False), vae.unpack(vae.pack(vae.Tokenizer(cfg.tokenizer)), "", device)
     for p in model.parameters():  # what starts at zero could be cheaper
         p.copy_(torch.where(p == 0, 0.02 * torch.randn_like(p), p))
     sample.to_precision(bench.precision, model, tokenizer)
+    fast = copy.deepcopy(model)
+    if compiled:
+        sample.compile_parts(fast)
     peak = bench.matmul_peak()
     bench.headline(peak)
     context = torch.randn(batch, window, model.tokens, model.channels, device=device)
 
-    def frames(way=sample.generate, **changes):
+    def frames(net=None, **changes):
         """A function that generates one frame more, the window full."""
-        endless = way(model, context, replace(opts, context=window, frames=10**9, **changes), 0, range(batch))
-        return lambda: next(endless)
+        endless = sample.generate(net or fast, context, replace(opts, context=window, frames=10**9, **changes), 0, range(batch))
+        return bench.cast(lambda: next(endless))
+
+    one_more = replace(opts, context=window, frames=window + 1)
+    slow = bench.cast(lambda: next(slow_frames(model, context, one_more, 0, range(batch))))
 
     scales = {"one branch (1, 1)": (1, 1), "two branches (1.5, 1.5)": (1.5, 1.5), "three branches (1.5, 2)": (1.5, 2)}
     branches = bench.in_turns({name: frames(cfg_temporal=w_t, cfg_canvas=w_s) for name, (w_t, w_s) in scales.items()})
-    times = bench.in_turns({"eager": frames(), "slow": frames(slow_frames)})
+    times = bench.in_turns({"fast": frames(), "slow": slow} | ({"eager": frames(model)} if compiled else {}))
     more = frames()
     bench.in_turns({"": more}, 1)  # the context's turn
-    with watched(model, lambda: bench.wait() or time.perf_counter()) as sums, autocast(device, bench.precision):
+    with watched(fast, lambda: bench.wait() or time.perf_counter()) as sums:
         took = [bench.seconds(more) for _ in range(args.repeats)]
     parts = {name: seconds / args.repeats for name, seconds in (sums | {"rest": sum(took) - sum(sums.values())}).items()}
-    if compiled:
-        sample.compile_parts(model)
-        times |= bench.in_turns({"compiled": frames()})
-    more = frames()
-    bench.in_turns({"": more}, 1)
-    with autocast(device, bench.precision):
-        rollout = [bench.seconds(more) for _ in range(args.rollout)]
-    frame, floor = times["compiled" if compiled else "eager"], batch * counted["sampling_flops_a_frame"] / peak
-    print(f"{args.config}: {batch} clips at once, S = {opts.steps}, {opts.solver_steps} {opts.solver} steps, guidance ({opts.cfg_temporal:g}, {opts.cfg_canvas:g}): "
+    rollout = [bench.seconds(more) for _ in range(args.rollout)]
+    frame, floor = times["fast"], batch * counted["sampling_flops_a_frame"] / peak
+    print(f"{args.config}: {'compiled, ' if compiled else ''}{batch} clips at once, S = {opts.steps}, {opts.solver_steps} {opts.solver} steps, guidance ({opts.cfg_temporal:g}, {opts.cfg_canvas:g}): "
           f"{1e3 * frame:.4g} ms a frame, {batch / frame:,.1f} frames/s, {floor / frame:.1%} of the floor of {counted['sampling_flops_a_frame'] / 1e9:.2f} GFLOP a frame")  # fmt: skip
     table({name: (s, batch * counted["sampling_flops_by_part"].get(name, 0)) for name, s in parts.items()}, peak)
     quarter = args.rollout // 4
     flat = statistics.median(rollout[-quarter:]) / statistics.median(rollout[:quarter])
+    print("(waiting for each part)")
     print(f"over {args.rollout} frames, the window full: the last quarter's frames take {flat:.3f} times as long as the first quarter's")
-    latency = first_frame(bench, cfg, model, tokenizer)
+    latency = first_frame(bench, cfg, fast, tokenizer)
     print(f"first frame of one clip, pixels to pixels, from {opts.context} frames: {1e3 * latency:.4g} ms")
     first = branches["one branch (1, 1)"]
     print("guidance, times one branch: " + ", ".join(f"{name} {s / first:.2f}" for name, s in branches.items()))
-    ratios = {"the whole sampler over one without cache, all tokens and three branches at every step": times["slow"] / times["eager"]}
+    ratios = {f"the sampler over one without cache (past of {window + 1} frames), all tokens and three branches at every step": times["slow"] / frame}
     ratios |= {"compiled over eager": times["eager"] / frame} if compiled else {}
     ratios |= sample_twins(bench, model, tokenizer)
     for name, ratio in ratios.items():
@@ -264,7 +294,7 @@ def first_frame(bench, cfg, model, tokenizer) -> float:
     """Seconds from the pixels of one clip's context to the pixels of its next frame."""
     opts = replace(cfg.sample, frames=cfg.sample.context + 1)
     x = torch.zeros(1, opts.context, 3, cfg.data.size, cfg.data.size, device=bench.device)
-    return bench.in_turns({"": lambda: sample.continue_clips(model, tokenizer, x, opts, 0, [0])})[""]
+    return bench.in_turns({"": bench.cast(lambda: sample.continue_clips(model, tokenizer, x, opts, 0, [0]))})[""]
 
 
 def sample_twins(bench, model, tokenizer) -> dict:
@@ -278,7 +308,7 @@ def sample_twins(bench, model, tokenizer) -> dict:
         cache.index = number - 1
         temporal(p[:, -1:], cache)
 
-    with torch.no_grad():
+    with torch.no_grad(), bench.autocast():
         temporal(p, cache)
         attention = bench.in_turns({"cached": cached, "again": lambda: temporal(p)})
         temporal.window = window
@@ -290,10 +320,10 @@ def sample_twins(bench, model, tokenizer) -> dict:
 def profile(bench, work):
     """Where the device's time goes, by kernel."""
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if bench.device.type == "cuda" else [])]
-    with torch.profiler.profile(activities=activities) as seen, autocast(bench.device, bench.precision):
+    with torch.profiler.profile(activities=activities) as seen:
         for _ in range(3):
             bench.seconds(work)
-    print(seen.key_averages().table(sort_by=f"self_{bench.device.type}_time_total", row_limit=30, max_name_column_width=60))
+    print(seen.key_averages().table(sort_by="self_cuda_time_total" if bench.device.type == "cuda" else "self_cpu_time_total", row_limit=30, max_name_column_width=60))
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -371,7 +401,7 @@ def bench_save(args) -> dict:
     """Seconds of a training step and of writing its checkpoint (serialised, flushed to the disk, renamed), in turns."""
     cfg = config.load(args.config, args.overrides)
     bench = Bench(cfg, args.repeats)
-    t, seconds = Training(cfg, bench.device), {"step": [], "save": []}
+    t, seconds = Training(cfg, bench), {"step": [], "save": []}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
 
         def write(step):
@@ -379,8 +409,7 @@ def bench_save(args) -> dict:
             storage.keep({"step": step, "vae": vae.pack(t.tokenizer), **states}, folder, "", cfg.train.keep)
 
         for step in range(1, args.repeats + 3):
-            with autocast(bench.device, bench.precision):
-                seconds["step"].append(bench.seconds(t.step))
+            seconds["step"].append(bench.seconds(t.step))
             seconds["save"].append(bench.seconds(lambda step=step: write(step)))
         size = storage.steps(folder, "")[0].stat().st_size
     step, save = (statistics.mean(seconds[name][2:]) for name in ("step", "save"))
@@ -405,7 +434,7 @@ def bench_cost(args) -> dict:
           f"{args.gpus} GPUs x {cfg.train.batch} x {cfg.train.accumulate} = {clips} clips and {args.gpus * cfg.train.accumulate * c['tokens_a_step']:,} tokens a step, "
           f"{cfg.train.steps:,} steps")  # fmt: skip
     print(f"{args.gpus * cfg.train.accumulate * c['step_flops'] / 1e12:.2f} TFLOP a step, encoding another {c['encode_flops'] / c['step_flops']:.1%}; "
-          f"sampling {c['sampling_flops_a_frame'] / 1e9:.1f} GFLOP a frame (S={cfg.sample.steps}, K={cfg.sample.solver_steps} midpoint)")  # fmt: skip
+          f"sampling {c['sampling_flops_a_frame'] / 1e9:.1f} GFLOP a frame (S={cfg.sample.steps}, K={cfg.sample.solver_steps} {cfg.sample.solver})")  # fmt: skip
     print(f"memory a GPU, estimated: {c['state_bytes'] / 2**30:.1f} GiB of weights, gradients, optimizer and average, {c['activation_bytes'] / 2**30:.1f} GiB of activations")
     print(f"{c['gpu_hours']:.0f} GPU hours for both stages, if {args.mfu:.0%} of {args.peak:g} TFLOP/s are reached")
     return c
@@ -443,7 +472,8 @@ def main():
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least:g}")
     if args.json:
         storage.make_folder(Path(args.json).parent)
-    figures = ways[what](args)
+    with compiler_in_words("set train.compile=false"):
+        figures = ways[what](args)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1))
 

@@ -87,8 +87,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def one_of(*names):
-    return field(metadata={"choices": names})
+def one_of(*names, **more):
+    return field(metadata={"choices": names} | more)
 
 
 MANY = 10**9  # beyond all that is meant; a slip of the finger should not begin to fill the memory
@@ -155,7 +155,7 @@ class Train:
     ema: float = within(0, 1)
     precision: str = one_of("auto", "fp32", "bf16")
     compile: str = one_of("auto", "true", "false")
-    recompute: bool
+    recompute: bool = field(metadata={"before": False})
     save_every: int = within(1, MANY)
     preview_every: int = within(1, MANY)
     keep: int = within(1, MANY)
@@ -167,7 +167,7 @@ class Sample:
     frames: int = within(1, 65536)
     clips: int = within(1, MANY)
     steps: int = within(1, 65536)
-    solver: str = one_of("midpoint", "euler")
+    solver: str = one_of("midpoint", "euler", before="midpoint")
     solver_steps: int = within(1, 65536)
     cfg_temporal: float
     cfg_canvas: float
@@ -338,7 +338,8 @@ def _merge(base: dict, over: dict) -> dict:
 
 
 def fill(kind, tree, prefix, where):
-    """One section from a dict: every key known, present and of its type. Raises UserError."""
+    """One section from a dict: every key known, present and of its type. A key that came later has the value that runs from
+    `before` had without it. Raises UserError."""
     if not isinstance(tree, dict):
         raise UserError(f"{where}: '{prefix.rstrip('.')}' must be a section with keys, got {reprlib.repr(tree)}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -346,6 +347,7 @@ def fill(kind, tree, prefix, where):
         if key not in fields:
             near = difflib.get_close_matches(str(key)[:100], fields, n=1, cutoff=0.0)[0]
             raise UserError(f"{where}: unknown key '{prefix}{str(key)[:100]}'; did you mean '{prefix}{near}'?")
+    tree = {name: f.metadata["before"] for name, f in fields.items() if "before" in f.metadata} | tree
     missing = [prefix + name for name in fields if name not in tree]
     if missing:
         raise UserError(f"{where}: missing {', '.join(missing)}; `base: config.yaml` as first line supplies the defaults")

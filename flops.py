@@ -6,6 +6,7 @@ A multiply-add is two floating-point operations (FLOPs).
 import contextlib
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,17 +16,19 @@ import config
 import sample
 import tokenizer as vae
 from canvas import CanvasMAR
+from mar import Block
 
 
 def count(cfg: config.Config) -> dict:
     """FLOPs and bytes of one process.
 
-    `step_flops` forward and backward of a training step, `part_flops` the same by part, of one branch with guidance off `frame_flops`
-    by part, `activation_bytes` what the forward keeps for the backward under bf16 autocast without compilation, `state_bytes`
-    weights, gradients, AdamW's two moments and the average, all fp32.
+    `step_flops` forward and backward of a training step without the encoding of its clips, `part_flops` by part and with it,
+    `sampling_flops_a_frame` one frame more of one clip with all branches of the configured guidance, `activation_bytes` what the
+    forward keeps for the backward under bf16 autocast without compilation, `state_bytes` weights, gradients, AdamW's two moments
+    and the average, all fp32.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model, tokenizer, x, draws = real_parts(cfg)
+        model, tokenizer, x, draws = real_parts(replace(cfg, train=replace(cfg.train, recompute=False)))  # not part of the arithmetic
         f, kept = torch.zeros(cfg.train.batch, cfg.data.frames, model.tokens, model.channels), {}
 
         def keep(tensor):
@@ -33,11 +36,15 @@ def count(cfg: config.Config) -> dict:
             return tensor
 
         own = {p.untyped_storage()._cdata for p in model.parameters()}
-        with counter() as step, torch.autocast("cpu", torch.bfloat16):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss, _ = model(f, draws)
+        with counter() as step:
+            model(f, draws)[0].backward()
+        for block in blocks(model):
+            block.recompute = cfg.train.recompute
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, _ = model(f, draws)
             activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-            loss.backward()
+        for block in blocks(model):
+            block.recompute = False
         part_flops = {}
         for name, work in step_parts(model, tokenizer, x, draws).items():
             with counter() as part:
@@ -66,7 +73,11 @@ def real_parts(cfg):
     return model, tokenizer, torch.zeros(shape), model.draw([torch.Generator() for _ in range(cfg.train.batch)], cfg.data.frames)
 
 
-def step_parts(model, tokenizer, x, draws, wrap=lambda part: part) -> dict:
+def blocks(model):
+    return [part for part in model.modules() if isinstance(part, Block)]
+
+
+def step_parts(model, tokenizer, x, draws, wrap=lambda part: part, autocast=contextlib.nullcontext) -> dict:
     """The parts of a training step, each alone, forward and backward, as functions without arguments. wrap: torch.compile."""
     frames, n, channels, width = x.shape[1], model.tokens, model.channels, model.cfg.width
     f = torch.zeros(len(x), frames, n, channels, device=x.device)
@@ -75,19 +86,24 @@ def step_parts(model, tokenizer, x, draws, wrap=lambda part: part) -> dict:
     masked = torch.zeros(len(x), frames * n, dtype=torch.bool, device=x.device).scatter(1, draws.masked, True).view(-1, n)
     target = torch.zeros(*draws.masked.shape, channels, device=x.device)
     encode, temporal, mar, head = wrap(tokenizer.encode), wrap(model.temporal), wrap(model.mar), wrap(model.head.loss)
-    canvas = wrap(model.canvas) if model.canvas else None
+    canvas = model.canvas and wrap(model.canvas)
     parts = {
-        "temporal": lambda: temporal(f).sum().backward(),
-        "canvas": lambda: sum(out.sum() for out in canvas(z, f)).backward(),
-        "masked transformer": lambda: mar(f.flatten(0, 1), masked, z.flatten(0, 1), z.flatten(0, 1), draws.masked).sum().backward(),
-        "head": lambda: head(target, c, draws.tau, draws.eps).sum().backward(),
+        "temporal": lambda: temporal(f).sum(),
+        "canvas": lambda: sum(out.sum() for out in canvas(z, f)),
+        "masked transformer": lambda: mar(f.flatten(0, 1), masked, z.flatten(0, 1), z.flatten(0, 1), draws.masked).sum(),
+        "head": lambda: head(target, c, draws.tau, draws.eps).sum(),
     }
 
+    def both_ways(part):
+        with autocast():
+            out = part()
+        out.backward()
+
     def encode_only():
-        with torch.no_grad():
+        with torch.no_grad(), autocast():
             encode(x)
 
-    return {"encode": encode_only} | {name: part for name, part in parts.items() if name != "canvas" or canvas}
+    return {"encode": encode_only} | {name: partial(both_ways, part) for name, part in parts.items() if name != "canvas" or model.canvas is not None}
 
 
 def frame_flops(model, opts) -> dict:
@@ -108,7 +124,7 @@ def watched(model, read):
     sums, undo = {}, []
 
     def watch(owner, method, name):
-        inner = getattr(owner, method)
+        inner, own = getattr(owner, method), owner.__dict__.get(method)
         sums.setdefault(name, 0)
 
         def outer(*args):
@@ -118,7 +134,7 @@ def watched(model, read):
             return result
 
         object.__setattr__(owner, method, outer)
-        undo.append((owner, method))
+        undo.append((owner, method, own))
 
     watch(model.temporal, "forward", "temporal")
     if model.canvas:
@@ -128,8 +144,8 @@ def watched(model, read):
     try:
         yield sums
     finally:
-        for owner, method in undo:
-            object.__delattr__(owner, method)
+        for owner, method, own in undo:
+            object.__setattr__(owner, method, own) if own else object.__delattr__(owner, method)
 
 
 def conv_backward_flops(grad_shape, x_shape, weight_shape, *args, **_) -> int:

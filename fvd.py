@@ -372,6 +372,7 @@ def main():
     parser.add_argument("--ckpt", required=True, nargs="+" if command == "sweep" else None, help="a run folder, or one of its .pt files")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), required=command == "protocol")
     parser.add_argument("--clips", type=int, help="test clips (default: the protocol's)")
+    sample.add_compile(parser)
     if command == "sweep":
         parser.add_argument("--steps", default="1,2,4,8"), parser.add_argument("--seeds", default="0,1,2")
         parser.add_argument("--cfg", default="1:1", help="w_t:w_s,..."), parser.add_argument("--orders", default="random")

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Callable
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._triton import has_triton
 
 from config import Config, UserError
 
@@ -68,9 +70,6 @@ def start(cfg: Config) -> Machine:
             raise UserError(f"process {local} has no GPU of its own: there are {torch.cuda.device_count()}; start fewer processes")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    elif device.type == "cpu":
-        keep_freed_memory()
     machine = Machine(device, rank, ranks)
     if ranks > 1 and device.type == "mps":
         raise UserError("an Apple GPU is for one process; start it by `python train.py`, or set device=cpu")
@@ -121,18 +120,38 @@ def keep_freed_memory():
 
 
 def pick_device(name: str) -> torch.device:
-    """auto | cuda | mps | cpu -> a device. Raises UserError if what is asked for is not there."""
+    """auto | cuda | mps | cpu -> a device, set up to be fast. Raises UserError if what is asked for is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, has in there.items() if has)
     if not there[name]:
         raise UserError(f"device={name}, but this machine has none that torch can use; set device=auto or device=cpu")
+    if name == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    elif name == "cpu":
+        keep_freed_memory()
     return torch.device(name)
 
 
 def autocast(device: torch.device, precision: str):
     """bf16 where the precision says so; everything else stays as it is."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def compiles(cfg: Config, device: torch.device) -> bool:
+    """Resolve train.compile=auto: on a GPU that has triton. On a CPU it gains a few percent, less than a short run pays for it."""
+    return cfg.train.compile == "true" or (cfg.train.compile == "auto" and device.type == "cuda" and has_triton())
+
+
+@contextlib.contextmanager
+def compiler_in_words(remedy: str):
+    """torch.compile without a compiler becomes a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"working (C\+\+ compiler|triton)|triton not|TritonMissing", str(error), re.I):
+            raise
+        raise UserError(f"torch.compile needs a C++ compiler, and triton on a GPU, and finds none: {remedy}") from None
 
 
 def check_memory(parameters: int, device: torch.device) -> None:
@@ -156,7 +175,7 @@ def pick_precision(cfg: Config, machine: Machine, old: Config | None) -> str:
     if old:
         return old.train.precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     net = nn.Sequential(nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96), nn.LayerNorm(96))
     x, seconds = torch.randn(4096, 96), {}
     for precision in ("fp32", "bf16", "fp32", "bf16"):  # the first two warm up

@@ -56,7 +56,7 @@ class Block(nn.Module):
     def forward(self, x, attend=F.scaled_dot_product_attention, at=None):
         """attend as in `Attention`. at (G, k): the MLP runs, and x (G, k, D) is given back, for these tokens only (see `MAR`)."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, attend, at, use_reentrant=False)
+            return checkpoint(self._forward, x, attend, at, use_reentrant=False, preserve_rng_state=False)
         return self._forward(x, attend, at)
 
     def _forward(self, x, attend, at):

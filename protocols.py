@@ -98,7 +98,7 @@ class Run:
         index = sample.run_folder(ckpt) / "index.json"
         self.test, self.train = (data.open_source(cfg.data, TEST_SEED, split, opts.frames, index) for split in ("test", "train"))
         self.start, self.batch = p.start, args.batch
-        if args.compile:
+        if getattr(args, "compile", False):
             sample.compile_parts(self.model)
         self.indices = data.spread(self.test, min(args.clips or p.clips, len(self.test)))
         self.others = data.spread(self.train, len(self.indices))

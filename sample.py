@@ -26,7 +26,7 @@ import tokenizer as vae
 from canvas import Cache, CanvasMAR, clip_generator
 from config import UserError
 from diffloss import solve
-from machine import autocast, pick_device
+from machine import autocast, compiler_in_words, pick_device
 from mar import motion_order, random_order, reveal_schedule, take
 from video import read_ending, to_uint8
 
@@ -61,8 +61,8 @@ def generate(model: CanvasMAR, context, opts: config.Sample, seed: int, clips):
 def draw_frame(model, z_t, previous, opts, streams) -> Frame:
     """Masked generation of one frame. z_t (B, N, D), previous (B, N, C). The canvas runs once, MAR once a spatial step."""
     batch, tokens, channels = previous.shape
-    noise = torch.stack([torch.rand(tokens, generator=g) for g in streams]).to(previous.device)
-    eps = torch.stack([torch.randn(tokens, channels, generator=g) for g in streams]).to(previous.device)
+    noise = to_device([torch.rand(tokens, generator=g) for g in streams], previous.device)
+    eps = to_device([torch.randn(tokens, channels, generator=g) for g in streams], previous.device)
     if model.canvas is None:
         z_s, canvas = torch.zeros_like(z_t), None
     else:
@@ -82,6 +82,12 @@ def draw_frame(model, z_t, previous, opts, streams) -> Frame:
         steps.append(f if canvas is None else torch.where(known[..., None], f, canvas))
         begin = end
     return Frame(f, canvas, steps)
+
+
+def to_device(rows, device):
+    """Rows that were drawn on the CPU, for the same numbers on every device, stacked; a GPU does not wait for them."""
+    stacked = torch.stack(rows)
+    return stacked.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else stacked.to(device)
 
 
 def guidance_weights(w_t: float, w_s: float) -> tuple[float, float, float]:
@@ -116,12 +122,15 @@ def guided(head, c, weights):
 
 @torch.no_grad()
 def continue_clips(model, tokenizer, context, opts, seed, clips, progress=False):
-    """context (B, opts.context, 3, H, W) in [-1, 1] -> (video (B, T, 3, H, W) with the context in front, [Frame])."""
+    """context (B, opts.context, 3, H, W) in [-1, 1] -> (video (B, T, 3, H, W) with the context in front, the first new Frame)."""
     latents = tokenizer.encode(context) if opts.context else context.new_zeros(len(context), 0, model.tokens, model.channels)
-    frames = generate(model, latents, opts, seed, clips)
-    frames = list(tqdm(frames, total=opts.frames - opts.context, desc="frames", unit="frame", disable=not progress))
-    video = tokenizer.decode(torch.stack([frame.latent for frame in frames], dim=1))
-    return torch.cat([context, video], dim=1), frames
+    frames, first, made = generate(model, latents, opts, seed, clips), None, []
+    for frame in tqdm(frames, total=opts.frames - opts.context, desc="frames", unit="frame", disable=not progress):
+        first = first or frame
+        made.append(frame.latent)
+    at_once = max(1, 2**22 // context.shape[2:].numel() // len(context))  # frames of each clip, so that memory has a bound
+    video = [tokenizer.decode(part) for part in torch.stack(made, dim=1).split(at_once, dim=1)]
+    return torch.cat([context, *video], dim=1), first
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -165,14 +174,19 @@ def to_precision(precision: str, *networks) -> None:
 
 def compile_parts(model: CanvasMAR) -> None:
     """Compile what runs most, the masked transformer and the head, once for each shape of the S steps; on a GPU as CUDA graphs."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 1024)
-    for owner, method in ((model.mar, "forward"), (model.head, "velocity")):
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
 
-        def call(*args, compiled=torch.compile(getattr(owner, method), mode="reduce-overhead", dynamic=False)):
+    def graphed(function):
+        compiled = torch.compile(function, mode="reduce-overhead", dynamic=False)
+
+        def call(*args):
             torch.compiler.cudagraph_mark_step_begin()
-            return compiled(*args).clone()  # the next replay of the graph writes over its output
+            with compiler_in_words("leave out --compile"):
+                return compiled(*args).clone()  # the next replay of the graph writes over its output
 
-        setattr(owner, method, call)
+        return call
+
+    model.mar.forward, model.head.velocity = graphed(model.mar.forward), graphed(model.head.velocity)
 
 
 # --------------------------------------------------------------------------------------------------- pictures and files
@@ -210,10 +224,9 @@ def draw_grid(samples, truth, context, path, clips=6, most=16):
     figure(rows, [f"context {t + 1}" if t < context else str(t + 1) for t in times], labels, path)
 
 
-def draw_steps(frames, tokenizer, samples, truth, context, path, clips=4):
-    """steps.png: for the first generated frame of several clips, the context, the canvas decoded through its linear head,
+def draw_steps(frame, tokenizer, samples, truth, context, path, clips=4):
+    """steps.png: for a generated frame of several clips, the first after the context, the context, the canvas decoded through its linear head,
     the frame after each spatial step, the result and the truth."""
-    frame = frames[0]
     decode = lambda latent: to_uint8(tokenizer.decode(latent[:, None])[:, 0])
     stages = [("canvas", frame.canvas)] if frame.canvas is not None else []
     stages += [(f"step {s + 1}", latent) for s, latent in enumerate(frame.steps)]
@@ -253,9 +266,9 @@ def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, de
         for begin in range(0, len(videos), batch):
             part = videos[begin : begin + batch]
             clips = range(begin, begin + len(part))
-            video, frames = continue_clips(model, tokenizer, part[:, : opts.context].to(device), opts, seed, clips, progress)
+            video, frame = continue_clips(model, tokenizer, part[:, : opts.context].to(device), opts, seed, clips, progress)
             samples.append(to_uint8(video))
-            first = first or frames
+            first = first or frame
         samples = np.concatenate(samples)
         truth = to_uint8(videos) if has_truth else None
         arrays = {"samples": samples, "context": np.array(opts.context)} | ({"truth": truth} if has_truth else {})
@@ -273,10 +286,13 @@ def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, de
 def add_options(parser, skip=()):
     """The keys of the `sample` section as command line options, and --seed."""
     parser.add_argument("--seed", type=int, help="another seed gives other futures (default: the run's)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, with CUDA graphs on a GPU: a minute or two for each of the S steps, then faster")
     for f in fields(config.Sample):
         if f.name not in skip:
             parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"as sample.{f.name} in config.yaml")
+
+
+def add_compile(parser):
+    parser.add_argument("--compile", action="store_true", help="torch.compile, on a GPU with CUDA graphs: once for each of the S steps and each size of a batch")
 
 
 def apply_options(cfg: config.Config, args) -> tuple[config.Config, int]:
@@ -299,7 +315,7 @@ def main():
     parser.add_argument("--video", help="continue the end of this video instead of clips of the test split")
     parser.add_argument("--batch", type=int, default=64, help="clips generated at once; does not change them")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
-    add_options(parser)
+    add_options(parser), add_compile(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
     cfg, model, tokenizer = load_run(args.ckpt, device)

@@ -28,7 +28,7 @@ import storage
 import tokenizer as vae
 from canvas import CanvasMAR, clip_generator, validate
 from config import Config, UserError, say, warn
-from machine import Machine, autocast, check_memory, pick_precision, start
+from machine import Machine, autocast, check_memory, compiler_in_words, compiles, pick_precision, start
 from video import to_uint8
 
 LOG_EVERY, HELD_OUT = 10, 32  # steps between lines of metrics.jsonl; test clips behind the validation figures
@@ -42,7 +42,7 @@ def main():
     machine = start(cfg)
     with torch.device("meta"):
         check_memory(sum(p.numel() for net in (CanvasMAR(cfg), vae.Tokenizer(cfg.tokenizer)) for p in net.parameters()), machine.device)
-    with in_words(machine), contextlib.ExitStack() as stack:  # what is undone at the end, however it comes
+    with in_words(machine), compiler_in_words("set train.compile=false"), contextlib.ExitStack() as stack:  # what is undone at the end, however it comes
         stack.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
         cfg = machine.first(lambda: open_run(cfg, machine, stack))
         source, test = open_data(cfg, machine)
@@ -180,21 +180,22 @@ def train_model(cfg: Config, machine: Machine, source, held_out, tokenizer) -> C
     """Train CanvasMAR on latents that are encoded as they are needed; returns the averaged model."""
     torch.manual_seed(cfg.seed)
     model = CanvasMAR(cfg).to(machine.device)
-    with torch.no_grad():
+    with torch.no_grad(), autocast(machine.device, cfg.train.precision):  # here and below as the sampler encodes its context
         latents = tokenizer.encode(held_out[:, : cfg.data.frames].to(machine.device))
+    encode = torch.compile(tokenizer.encode) if compiles(cfg, machine.device) else tokenizer.encode
 
     def args(clips, positions):
-        with torch.no_grad():
-            f = tokenizer.encode(clips)
+        with torch.no_grad(), autocast(machine.device, cfg.train.precision):
+            f = encode(clips)
         return f, model.draw([clip_generator(cfg.seed, p, machine.device) for p in positions], cfg.data.frames)
 
     def preview(ema, step):
         opts = replace(cfg.sample, clips=6)
         context = held_out[: opts.clips, : opts.context].to(machine.device)
-        video, frames = sample.continue_clips(ema, tokenizer, context, opts, cfg.seed, range(opts.clips))
+        video, first = sample.continue_clips(ema, tokenizer, context, opts, cfg.seed, range(opts.clips))
         video, truth = to_uint8(video), to_uint8(held_out[: opts.clips, : opts.frames])
         sample.draw_grid(video, truth, opts.context, picture_path(cfg, f"grid_{step:06d}.png"))
-        sample.draw_steps(frames, tokenizer, video, truth, opts.context, picture_path(cfg, f"steps_{step:06d}.png"))
+        sample.draw_steps(first, tokenizer, video, truth, opts.context, picture_path(cfg, f"steps_{step:06d}.png"))
         return validate(ema, latents, cfg.seed)
 
     t, extra = cfg.train, {"tokenizer": tokenizer.fingerprint(), "vae": vae.pack(tokenizer)}
@@ -220,8 +221,7 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = make_optimizer(net, stage.lr, t.weight_decay, device)
     first = resume(cfg, machine, stage, ema, optimizer)
-    use_compile = t.compile == "true" or (t.compile == "auto" and device.type == "cuda")
-    wrapped = torch.compile(net) if use_compile else net
+    wrapped = torch.compile(net) if compiles(cfg, device) else net
     if machine.ranks > 1:
         wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
     a = stage.accumulate

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import test_video
+import torch
 import yaml
 from conftest import ROOT, TINY, script
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -57,19 +58,23 @@ def bench_here(monkeypatch, *command):
     bench.main()
 
 
-def test_a_training_step_is_taken_apart_and_compared(tmp_path, monkeypatch, capsys):
-    bench_here(monkeypatch, "train", ROOT / "config.yaml", *TINY, "--repeats", 2, "--profile", "--json", tmp_path / "t.json")
+@pytest.mark.parametrize("compiled, precision", [("true", "bf16"), ("false", "fp32")])
+def test_a_training_step_is_taken_apart_and_compared(tmp_path, monkeypatch, capsys, compiled, precision):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: torch._dynamo.optimize("eager")(f))  # without the compiler
+    bench_here(monkeypatch, "train", ROOT / "config.yaml", *TINY, f"train.compile={compiled}", f"train.precision={precision}", "--repeats", 2, "--profile", "--json", tmp_path / "t.json")
     out, figures = capsys.readouterr().out, json.loads((tmp_path / "t.json").read_text())
     assert {"encode", "temporal", "canvas", "masked transformer", "head", "optimizer, average", "drawing noise", "data (pushing)"} == figures["part_seconds"].keys()
     assert all(name in out for name in figures["part_seconds"]) and "aten::" in out and " MFU" in out
     counted = figures["counted"]
     assert figures["mfu"] == pytest.approx((counted["step_flops"] + counted["encode_flops"]) / figures["step_seconds"] / figures["matmul_peak"])
+    assert ("compiled over eager" in figures["times_faster"]) == (compiled == "true")
     assert 0 < figures["mfu"] < 1 and len(figures["times_faster"]) >= 3 and all(ratio > 0 for ratio in figures["times_faster"].values())
 
 
-@pytest.mark.parametrize("canvas", ["true", "false"])
-def test_a_generated_frame_is_taken_apart_and_compared(tmp_path, monkeypatch, capsys, canvas):
-    bench_here(monkeypatch, "sample", ROOT / "config.yaml", *TINY, f"model.canvas={canvas}", "--repeats", 2, "--rollout", 9, "--json", tmp_path / "s.json")
+@pytest.mark.parametrize("canvas, precision", [("true", "bf16"), ("false", "fp32")])
+def test_a_generated_frame_is_taken_apart_and_compared(tmp_path, monkeypatch, capsys, canvas, precision):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: torch._dynamo.optimize("eager")(f))
+    bench_here(monkeypatch, "sample", ROOT / "config.yaml", *TINY, f"train.compile={canvas}", f"train.precision={precision}", f"model.canvas={canvas}", "--repeats", 2, "--rollout", 9, "--json", tmp_path / "s.json")
     out, figures = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())
     assert figures["part_seconds"].keys() == {"temporal", "masked transformer", "head", "rest"} | ({"canvas"} if canvas == "true" else set())
     assert len(figures["rollout_seconds"]) == 9 and figures["first_frame_seconds"] > 0 and "of the floor" in out

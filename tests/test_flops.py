@@ -7,6 +7,7 @@ from conftest import tiny, tiny_model
 import flops
 import mar
 import sample
+from canvas import CanvasMAR
 
 
 def test_counting_without_computing_counts_what_computing_does():
@@ -52,7 +53,7 @@ def test_the_parts_of_a_frame_add_up_to_what_sampling_one_computes(solver):
     cfg = tiny("sample.cfg_temporal=1.5", "sample.cfg_canvas=2", "sample.solver_steps=5", f"sample.solver={solver}")
     counted, model = flops.count(cfg), tiny_model()
     parts = counted["sampling_flops_by_part"]
-    assert sum(parts.values()) == counted["sampling_flops_a_frame"] and min(parts[k] for k in ("temporal", "canvas", "masked transformer", "head")) > 0
+    assert sum(parts.values()) == counted["sampling_flops_a_frame"] and parts["rest"] == 0 and min(parts[k] for k in ("temporal", "canvas", "masked transformer", "head")) > 0
     context, totals = torch.zeros(1, 2, model.tokens, model.channels), []
     for frames in (3, 4):  # the window is full from the first
         with flops.counter() as computed:
@@ -61,9 +62,19 @@ def test_the_parts_of_a_frame_add_up_to_what_sampling_one_computes(solver):
     assert counted["sampling_flops_a_frame"] == totals[1] - totals[0]
 
 
+def test_recomputing_is_not_counted_as_arithmetic_of_the_model():
+    plain, again = (flops.count(tiny(f"train.recompute={r}", "model.mar_depth=3")) for r in ("false", "true"))
+    assert plain["step_flops"] == again["step_flops"] and plain["part_flops"] == again["part_flops"]
+    assert again["activation_bytes"] < 0.8 * plain["activation_bytes"]
+
+
 def test_watching_counts_calls_and_leaves_the_model_as_it_was():
     model, calls = tiny_model(), iter(range(10**6))
     with flops.watched(model, lambda: next(calls)) as seen:
         list(sample.generate(model, torch.zeros(1, 1, model.tokens, model.channels), sample.replace(tiny().sample, context=1, frames=3, steps=4), 0, [0]))
     assert seen == {"temporal": 2, "canvas": 2, "masked transformer": 8, "head": 8 + 8 * 4}
     assert not any("forward" in part.__dict__ or "velocity" in part.__dict__ for part in model.modules())
+    model.mar.forward = compiled = lambda *args: CanvasMAR.forward
+    with flops.watched(model, lambda: 0):
+        assert model.mar.forward is not compiled
+    assert model.mar.forward is compiled

@@ -34,9 +34,9 @@ def options(model, context, **changes):
 
 
 @settings(max_examples=20)
-@given(st.booleans(), st.integers(0, 4), st.integers(1, 16), st.sampled_from(["random", "motion"]), scales, scales, st.sampled_from(["euler", "midpoint"]))
-def test_the_sampler_equals_one_without_cache_with_every_branch_and_token_every_time(canvas, context, steps, order, w_t, w_s, solver):
-    model = tiny_model(f"model.canvas={str(canvas).lower()}", "data.frames=9", "model.window=9", "model.mar_depth=2")
+@given(st.booleans(), st.integers(1, 9), st.integers(0, 4), st.integers(1, 16), st.sampled_from(["random", "motion"]), scales, scales, st.sampled_from(["euler", "midpoint"]))
+def test_the_sampler_equals_one_without_cache_with_every_branch_and_token_every_time(canvas, window, context, steps, order, w_t, w_s, solver):
+    model = tiny_model(f"model.canvas={str(canvas).lower()}", "data.frames=9", f"model.window={window}", "model.mar_depth=2")
     opts = options(model, context, steps=steps, order=order if canvas else "random", cfg_temporal=w_t, cfg_canvas=w_s, solver=solver)
     x = latents(model, 3, context)
     fast = torch.stack([frame.latent for frame in sample.generate(model, x, opts, 7, [2, 0, 5])])
@@ -67,7 +67,8 @@ def test_attention_by_windows_has_the_result_and_gradients_of_attention_under_a_
         p = latents(model, 2, frames).requires_grad_()
         z_t = temporal(p)
         (z_t * torch.arange(z_t.numel()).view_as(z_t).cos()).sum().backward()
-        found.append((z_t.detach(), p.grad))
+        found.append([z_t.detach(), p.grad, *(q.grad for q in temporal.parameters())])
+        temporal.zero_grad()
     torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
 
 
@@ -82,8 +83,6 @@ def test_recomputing_blocks_changes_no_gradient_and_keeps_less():
         found.append((sum(kept), [p.grad for p in model.parameters()]))
     assert found[1][0] < 0.6 * found[0][0]
     torch.testing.assert_close(found[0][1], found[1][1])
-    counted = [flops.count(tiny(f"train.recompute={r}"))["activation_bytes"] for r in ("false", "true")]
-    assert counted[1] < counted[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- compilation
@@ -159,20 +158,35 @@ def test_a_training_step_reads_nothing_back_from_the_device():
             norm.item()
 
 
-@given(st.sampled_from(["fp32", "bf16"]))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_weights_rounded_once_give_what_autocast_gives(precision):
     found = []
     for rounded in (False, True):
-        model = tiny_model()
+        model, tokenizer = tiny_model(), flops.real_parts(tiny())[1]
+        torch.manual_seed(0)
+        for p in tokenizer.parameters():
+            p.data = 0.3 * torch.randn(p.shape)
         if rounded:
-            sample.to_precision(precision, model)
+            sample.to_precision(precision, model, tokenizer)
+        assert (model.mar.embed.weight.dtype == torch.bfloat16) == (rounded and precision == "bf16")
+        x = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
         with autocast(torch.device("cpu"), precision):
-            found.append(torch.stack([f.latent for f in sample.generate(model, latents(model, 2, 2), options(model, 2), 0, [0, 1])]))
+            found.append(sample.continue_clips(model, tokenizer, x, options(model, 2), 0, [0, 1])[0])
     assert torch.equal(*found)
 
 
+def test_decoding_in_portions_changes_nothing(monkeypatch):
+    model, tokenizer, x, _ = flops.real_parts(tiny())
+    sizes, decode = [], tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda f: sizes.append(len(f) * f.shape[1]) or decode(f))
+    many = x[:1, :1].expand(600, -1, -1, -1, -1)
+    video, first = sample.continue_clips(model, tokenizer, many, options(model, 1, frames=6, steps=1, solver_steps=1), 0, range(600))
+    assert sizes == [1200, 1200, 600] and video.shape == (600, 6, 3, 32, 32)
+    torch.testing.assert_close(video[:, 1:2], decode(first.latent[:, None]))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_steps_and_sampling_do_not_wait_and_compiled_sampling_equals_eager(counters):
+def test_cuda_steps_do_not_wait_and_compiled_sampling_equals_eager(counters):
     model, device = tiny_model().cuda(), torch.device("cuda")
     ema, optimizer = tiny_model().cuda().requires_grad_(False), train.make_optimizer(model, 1e-3, 0.1, device)
     f = latents(model).cuda()
