@@ -467,6 +467,8 @@ def main():
     if what not in ways:
         raise UserError(f"usage: bench.py {'|'.join(ways)} ... (--help after either lists the options)")
     args = parser.parse_args(sys.argv[2:])
+    if what != "cost" and "=" in args.config and not Path(args.config).exists():  # overrides of the default one
+        args.config, args.overrides = "config.yaml", [args.config, *args.overrides]
     for name, least in (("frames", 1), ("size", 1), ("repeats", 1), ("rollout", 8), ("gpus", 1), ("peak", 1e-9), ("mfu", 1e-9)):
         if getattr(args, name, least) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least:g}")

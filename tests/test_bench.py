@@ -93,6 +93,8 @@ def test_as_commands(tmp_path, monkeypatch):
     out, _ = script("bench.py", "data", "--videos", tmp_path, "--repeats", 2, "--json", tmp_path / "data.json")
     assert "v.mp4: 60 frames" in out and "Pushing: " in out
     assert json.loads((tmp_path / "data.json").read_text())["source_clips_per_second"] > 10
+    monkeypatch.chdir(ROOT)
+    bench_here(monkeypatch, "save", *TINY, "--repeats", 1, "--folder", tmp_path)  # of the default configuration
     for command in ([], ["other"], ["cost"], ["cost", "none.yaml"], ["data", "--videos", tmp_path / "none"], ["cost", "config.yaml", "model.x=1"],
                     ["data", "--repeats", 0], ["sample", "--rollout", 1], ["train", "config.yaml", "train.x=1"], ["train", "--gpus", 1], ["cost", "config.yaml", "--peak", 0]):  # fmt: skip
         with pytest.raises(config.UserError):

@@ -260,3 +260,13 @@ def test_a_package_that_is_not_there_is_named():
     assert config.require("math", "math").pi > 3
     with pytest.raises(UserError, match="pip install no-such-package"):
         config.require("no_such_package", "no-such-package")
+
+
+def test_a_configuration_from_before_a_key_came_keeps_its_meaning():
+    tree = config.to_dict(config.load(ROOT / "config.yaml", ["train.recompute=true", "sample.solver=euler"]))
+    del tree["train"]["recompute"], tree["sample"]["solver"]
+    cfg = config.from_dict(tree)
+    assert cfg.train.recompute is False and cfg.sample.solver == "midpoint"
+    del tree["sample"]["order"]
+    with pytest.raises(config.UserError, match="missing sample.order"):
+        config.from_dict(tree)

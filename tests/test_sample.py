@@ -248,3 +248,9 @@ def test_truncated_and_foreign_checkpoints_are_refused(trained, tmp_path):
     assert "damaged" in err and len(err.strip().splitlines()) == 1
     torch.save({"kind": "model"}, tmp_path / "foreign.pt")
     assert "is not a model checkpoint" in script("sample.py", "--ckpt", tmp_path / "foreign.pt", expect=2)[1]
+
+
+def test_compilation_without_a_compiler_is_one_line(trained, tmp_path):
+    places = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    _, err = script("sample.py", "--ckpt", trained, "--compile", "--out", tmp_path / "out", expect=2, **places)
+    assert err.strip().splitlines()[-1].startswith("error: torch.compile needs a C++ compiler") and "Traceback" not in err
