@@ -53,6 +53,19 @@ def test_cached_frames_equal_full_attention_in_any_portions_also_past_the_window
     assert all(ring.shape[-2] == window * model.tokens for ring in cache.rings)  # whatever the number of frames
 
 
+@given(st.integers(1, 6), st.integers(0, 6))
+def test_velocities_are_differences_of_frames_and_the_start_has_none(frames, first):
+    model, seen = tiny_model(), []
+    model.temporal.enter.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    p = clips(model, 2, first + frames)
+    with torch.no_grad():
+        cache = Cache(model.temporal)
+        for part in (p[:, :first], p[:, first:]) if first else (p,):
+            model.temporal(part, cache)
+    value, velocity = torch.cat(seen, dim=1).chunk(2, dim=-1)
+    assert torch.equal(value, p) and (velocity[:, :2] == 0).all() and torch.equal(velocity[:, 2:], p[:, 2:] - p[:, 1:-1])
+
+
 @given(st.floats(0, 3))
 def test_noise_of_level_s_has_standard_deviation_s(level):
     g = torch.Generator().manual_seed(0)

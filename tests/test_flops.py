@@ -68,6 +68,16 @@ def test_recomputing_is_not_counted_as_arithmetic_of_the_model():
     assert again["activation_bytes"] < 0.8 * plain["activation_bytes"]
 
 
+def test_the_last_mlp_costs_only_what_is_asked_for():
+    model, costs = tiny_model("model.mar_depth=2"), []
+    f, z = torch.zeros(3, model.tokens, model.channels), torch.zeros(3, model.tokens, model.cfg.width)
+    for asked in (4, 10):
+        with flops.counter() as counted:
+            model.mar(f, f[..., 0] == 0, z, z, torch.arange(asked).expand(3, -1))
+        costs.append(counted.get_total_flops())
+    assert costs[1] - costs[0] == 3 * (10 - 4) * 2 * 8 * model.cfg.width**2  # D -> 4 D -> D
+
+
 def test_watching_counts_calls_and_leaves_the_model_as_it_was():
     model, calls = tiny_model(), iter(range(10**6))
     with flops.watched(model, lambda: next(calls)) as seen:
