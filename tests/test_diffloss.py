@@ -81,6 +81,15 @@ def test_loss_is_the_squared_velocity_error_averaged_over_repeats(seed):
     torch.testing.assert_close(net.loss(f, c, tau, eps), slow)
 
 
+@given(st.integers(0, 2**31))
+def test_blocks_are_modulated_and_gated_by_the_condition(seed):
+    block, g = head().blocks[0], torch.Generator().manual_seed(seed)
+    x, y = torch.randn(2, 5, 8, generator=g)
+    shift, scale, gate = (y @ block.modulate.weight.T + block.modulate.bias).split(8, dim=-1)
+    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(block(x, y), x + gate * block.mlp(normed * (1 + scale) + shift), atol=1e-5, rtol=1e-4)
+
+
 def test_shapes_of_the_velocity_broadcast():
     net = head()
     x, tau, condition = torch.randn(4, 6, 3), torch.rand(1), net.condition(torch.randn(2, 4, 6, 5))
