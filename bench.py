@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +61,19 @@ class Bench:
         self.wait()
         return time.perf_counter() - begin
 
-    def in_turns(self, ways: dict, repeats=None, warm_up=3) -> dict:
+    def in_turns(self, ways: dict, repeats=None, warm_up=3, middle=statistics.median) -> dict:
         """Median seconds of each of several pieces of work, which take turns, so that what else the machine does hits all alike."""
         taken = {name: [] for name in ways}
         for number in range(warm_up + (repeats or self.repeats)):
             for name, work in ways.items():
                 taken[name].append(self.seconds(work))
-        return {name: statistics.median(times[warm_up:]) for name, times in taken.items()}
+        return {name: middle(times[warm_up:]) for name, times in taken.items()}
+
+    def against_products(self, ways: dict, **how):
+        """`in_turns`, and the peak: FLOPs a second of a large matrix product that takes turns with the rest."""
+        work, flops = self.product
+        seconds = self.in_turns(ways | {"product": work}, **how)
+        return seconds, flops / seconds.pop("product")
 
     def autocast(self):
         return autocast(self.device, self.precision)
@@ -79,13 +85,14 @@ class Bench:
 
         return inside
 
-    def matmul_peak(self) -> float:
-        """FLOPs a second of the fastest of several square matrix products, in the precision of the rest."""
-        dtype, best = torch.bfloat16 if self.precision == "bf16" else torch.float32, 0.0
-        for n in (512, 1024, 2048) if self.device.type == "cpu" else (2048, 4096, 8192):
-            a, b = torch.randn(2, n, n, device=self.device, dtype=dtype)
-            best = max(best, 2 * n**3 / self.in_turns({"product": lambda: a @ b}, 10)["product"])
-        return best
+    @cached_property
+    def product(self):
+        """The fastest of several square matrix products, in the precision of the rest, and its FLOPs."""
+        dtype, sizes = torch.bfloat16 if self.precision == "bf16" else torch.float32, (512, 1024, 2048) if self.device.type == "cpu" else (2048, 4096, 8192)
+        products = {n: partial(torch.matmul, *torch.randn(2, n, n, device=self.device, dtype=dtype)) for n in sizes}
+        seconds = self.in_turns(products, 10)
+        n = max(sizes, key=lambda n: n**3 / seconds[n])
+        return products[n], 2 * n**3
 
     def headline(self, peak):
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
@@ -136,10 +143,10 @@ def bench_train(args) -> dict:
     cfg = config.load(args.config, args.overrides)
     bench, counted = Bench(cfg, args.repeats), count(cfg)
     device, compiled = bench.device, compiles(cfg, bench.device)
-    t, peak = Training(cfg, bench), bench.matmul_peak()
-    bench.headline(peak)
+    t = Training(cfg, bench)
     ways = {"eager": t.step} | ({"compiled": partial(t.step, torch.compile(t.tokenizer.encode), torch.compile(t.model))} if compiled else {})
-    steps = bench.in_turns(ways)
+    steps, peak = bench.against_products(ways)
+    bench.headline(peak)
     step, flops = steps["compiled" if compiled else "eager"], counted["step_flops"] + counted["encode_flops"]
     memory = peak_memory(bench, ways["compiled" if compiled else "eager"])
     print(f"{args.config}: {1e3 * step:.4g} ms a step, {counted['tokens_a_step'] / step:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP, "
@@ -152,8 +159,8 @@ def bench_train(args) -> dict:
         "drawing noise": t.draw,
         f"data ({type(source).__name__.lower()})": lambda: torch.stack([source.clip(next(numbers)) for _ in range(cfg.train.batch)]),
     }
-    seconds = bench.in_turns(parts | others)
-    table({name: (s, counted["part_flops"].get(name, 0)) for name, s in seconds.items()}, peak)
+    seconds, floor = bench.against_products(parts | others)
+    table({name: (s, counted["part_flops"].get(name, 0)) for name, s in seconds.items()}, floor)
     *inside, making = seconds.values()
     print(f"(each part alone, forward and backward; without data they add up to {sum(inside) / step:.2f} steps; data made by one process"
           f"{f', of {cfg.data.workers} data.workers' if cfg.data.workers else ''}: {making / step:.2f} steps)")  # fmt: skip
@@ -245,8 +252,6 @@ def bench_sample(args) -> dict:
     fast = copy.deepcopy(model)
     if compiled:
         sample.compile_parts(fast)
-    peak = bench.matmul_peak()
-    bench.headline(peak)
     context = torch.randn(batch, window, model.tokens, model.channels, device=device)
 
     def frames(net=None, **changes):
@@ -259,21 +264,23 @@ def bench_sample(args) -> dict:
 
     scales = {"one branch (1, 1)": (1, 1), "two branches (1.5, 1.5)": (1.5, 1.5), "three branches (1.5, 2)": (1.5, 2)}
     branches = bench.in_turns({name: frames(cfg_temporal=w_t, cfg_canvas=w_s) for name, (w_t, w_s) in scales.items()})
-    times = bench.in_turns({"fast": frames(), "slow": slow} | ({"eager": frames(model)} if compiled else {}))
+    times, peak = bench.against_products({"fast": frames(), "slow": slow} | ({"eager": frames(model)} if compiled else {}))
+    bench.headline(peak)
     more = frames()
     bench.in_turns({"": more}, 1)  # the context's turn
     with watched(fast, lambda: bench.wait() or time.perf_counter()) as sums:
-        took = [bench.seconds(more) for _ in range(args.repeats)]
-    parts = {name: seconds / args.repeats for name, seconds in (sums | {"rest": sum(took) - sum(sums.values())}).items()}
+        watched_frame, parts_peak = bench.against_products({"": more}, warm_up=0, middle=statistics.mean)
+    parts = {name: seconds / args.repeats for name, seconds in sums.items()}
+    parts["rest"] = watched_frame[""] - sum(parts.values())
     rollout = [bench.seconds(more) for _ in range(args.rollout)]
+    early_late = bench.in_turns({"early": frames(), "late": more})
+    flat = early_late["late"] / early_late["early"]
     frame, floor = times["fast"], batch * counted["sampling_flops_a_frame"] / peak
     print(f"{args.config}: {'compiled, ' if compiled else ''}{batch} clips at once, S = {opts.steps}, {opts.solver_steps} {opts.solver} steps, guidance ({opts.cfg_temporal:g}, {opts.cfg_canvas:g}): "
           f"{1e3 * frame:.4g} ms a frame, {batch / frame:,.1f} frames/s, {floor / frame:.1%} of the floor of {counted['sampling_flops_a_frame'] / 1e9:.2f} GFLOP a frame")  # fmt: skip
-    table({name: (s, batch * counted["sampling_flops_by_part"].get(name, 0)) for name, s in parts.items()}, peak)
-    quarter = args.rollout // 4
-    flat = statistics.median(rollout[-quarter:]) / statistics.median(rollout[:quarter])
+    table({name: (s, batch * counted["sampling_flops_by_part"].get(name, 0)) for name, s in parts.items()}, parts_peak)
     print("(waiting for each part)")
-    print(f"over {args.rollout} frames, the window full: the last quarter's frames take {flat:.3f} times as long as the first quarter's")
+    print(f"the window full: frames after {args.rollout} others take {flat:.3f} times as long as the first ones, in turns")
     latency = first_frame(bench, cfg, fast, tokenizer)
     print(f"first frame of one clip, pixels to pixels, from {opts.context} frames: {1e3 * latency:.4g} ms")
     first = branches["one branch (1, 1)"]
@@ -286,7 +293,7 @@ def bench_sample(args) -> dict:
     if args.profile:
         profile(bench, more)
     return bench.figures | {"matmul_peak": peak, "frame_seconds": frame, "frames_per_second": batch / frame, "share_of_floor": floor / frame,
-                            "part_seconds": parts, "rollout_seconds": rollout, "last_quarter_over_first": flat, "first_frame_seconds": latency,
+                            "part_seconds": parts, "rollout_seconds": rollout, "late_over_early": flat, "first_frame_seconds": latency,
                             "branch_seconds": branches, "counted": counted, "times_faster": ratios}  # fmt: skip
 
 
@@ -469,7 +476,7 @@ def main():
     args = parser.parse_args(sys.argv[2:])
     if what != "cost" and "=" in args.config and not Path(args.config).exists():  # overrides of the default one
         args.config, args.overrides = "config.yaml", [args.config, *args.overrides]
-    for name, least in (("frames", 1), ("size", 1), ("repeats", 1), ("rollout", 8), ("gpus", 1), ("peak", 1e-9), ("mfu", 1e-9)):
+    for name, least in (("frames", 1), ("size", 1), ("repeats", 1), ("rollout", 1), ("gpus", 1), ("peak", 1e-9), ("mfu", 1e-9)):
         if getattr(args, name, least) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least:g}")
     if args.json:

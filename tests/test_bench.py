@@ -96,7 +96,7 @@ def test_as_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     bench_here(monkeypatch, "save", *TINY, "--repeats", 1, "--folder", tmp_path)  # of the default configuration
     for command in ([], ["other"], ["cost"], ["cost", "none.yaml"], ["data", "--videos", tmp_path / "none"], ["cost", "config.yaml", "model.x=1"],
-                    ["data", "--repeats", 0], ["sample", "--rollout", 1], ["train", "config.yaml", "train.x=1"], ["train", "--gpus", 1], ["cost", "config.yaml", "--peak", 0]):  # fmt: skip
+                    ["data", "--repeats", 0], ["sample", "--rollout", 0], ["train", "config.yaml", "train.x=1"], ["train", "--gpus", 1], ["cost", "config.yaml", "--peak", 0]):  # fmt: skip
         with pytest.raises(config.UserError):
             bench_here(monkeypatch, *command)
     _, err = script("bench.py", "other", expect=2)
