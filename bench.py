@@ -6,7 +6,7 @@
     python bench.py save [config] [key=value]           # how long a checkpoint keeps training waiting
     python bench.py cost CONFIG [key=value]             # parameters, tokens, FLOPs, memory, GPU hours: counted, without a GPU
 
-Times are medians, ratios those of medians over repeats that take turns in one process. Weights and clips are made up. --json FILE keeps all figures.
+Times of steps and frames are medians over repeats, ratios those of medians of what takes turns in one process. Weights and clips are made up. --json FILE keeps all figures.
 """
 
 import contextlib
@@ -120,6 +120,10 @@ class Training:
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = train.make_optimizer(self.model, 1e-4, 0.0, device)
 
+    def compiled(self):
+        """A step as train.py takes it where it compiles."""
+        return partial(self.step, torch.compile(self.tokenizer.encode), torch.compile(self.model))
+
     def step(self, encode=None, net=None):
         """encode and net: the compiled ones, say."""
         encode, net = encode or self.tokenizer.encode, self.model if net is None else net
@@ -144,11 +148,12 @@ def bench_train(args) -> dict:
     bench, counted = Bench(cfg, args.repeats), count(cfg)
     device, compiled = bench.device, compiles(cfg, bench.device)
     t = Training(cfg, bench)
-    ways = {"eager": t.step} | ({"compiled": partial(t.step, torch.compile(t.tokenizer.encode), torch.compile(t.model))} if compiled else {})
+    ways = {"eager": t.step} | ({"compiled": t.compiled()} if compiled else {})
+    way = "compiled" if compiled else "eager"
+    memory = peak_memory(bench, ways[way])
     steps, peak = bench.against_products(ways)
     bench.headline(peak)
-    step, flops = steps["compiled" if compiled else "eager"], counted["step_flops"] + counted["encode_flops"]
-    memory = peak_memory(bench, ways["compiled" if compiled else "eager"])
+    step, flops = steps[way], counted["step_flops"] + counted["encode_flops"]
     print(f"{args.config}: {1e3 * step:.4g} ms a step, {counted['tokens_a_step'] / step:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP, "
           f"{flops / step / peak:.1%} MFU (of the measured products); peak memory {memory / 2**30:.2f} GiB{' of the process' if device.type != 'cuda' else ''}, "
           f"activations without compilation {counted['activation_bytes'] / 2**30:.2f} GiB (counted)")  # fmt: skip
@@ -159,23 +164,25 @@ def bench_train(args) -> dict:
         "drawing noise": t.draw,
         f"data ({type(source).__name__.lower()})": lambda: torch.stack([source.clip(next(numbers)) for _ in range(cfg.train.batch)]),
     }
-    seconds, floor = bench.against_products(parts | others)
+    seconds, floor = bench.against_products(parts | others | {"step": ways[way]})
+    beside = seconds.pop("step")
     table({name: (s, counted["part_flops"].get(name, 0)) for name, s in seconds.items()}, floor)
     *inside, making = seconds.values()
-    print(f"(each part alone, forward and backward; without data they add up to {sum(inside) / step:.2f} steps; data made by one process"
-          f"{f', of {cfg.data.workers} data.workers' if cfg.data.workers else ''}: {making / step:.2f} steps)")  # fmt: skip
+    print(f"(each part alone, forward and backward; without data they add up to {sum(inside) / beside:.2f} steps; data made by one process"
+          f"{f', of {cfg.data.workers} data.workers' if cfg.data.workers else ''}: {making / beside:.2f} steps)")  # fmt: skip
     ratios = {"compiled over eager": steps["eager"] / step} if compiled else {}
     ratios |= train_twins(bench, cfg, t)
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f} times")
     if args.profile:
-        profile(bench, ways["compiled" if compiled else "eager"])
+        profile(bench, ways[way])
     return bench.figures | {"matmul_peak": peak, "step_seconds": step, "tokens_per_second": counted["tokens_a_step"] / step, "mfu": flops / step / peak,
                             "peak_memory_bytes": memory, "part_seconds": seconds, "counted": counted, "times_faster": ratios}  # fmt: skip
 
 
 def peak_memory(bench, work) -> int:
     """Bytes: of tensors during the work on a GPU, else of the whole process; 0 where the system does not say."""
+    bench.seconds(work)  # what is made once is made
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         bench.seconds(work)
@@ -229,6 +236,8 @@ def train_twins(bench, cfg, t) -> dict:
     compare("temporal transformer by windows instead of under a mask", lambda: temporal(attend), lambda: temporal(masked))
     del model.temporal._attend
     compare("all kept for the backward pass, instead of train.recompute", lambda: recompute(False), lambda: recompute(True))
+    for block in blocks(model):
+        block.recompute = cfg.train.recompute
     if bench.device.type == "cpu":
         all_threads = torch.get_num_threads()
         compare(f"{all_threads} threads instead of one", lambda: on(all_threads), lambda: on(1))
@@ -263,6 +272,8 @@ def bench_sample(args) -> dict:
     slow = bench.cast(lambda: next(slow_frames(model, context, one_more, 0, range(batch))))
 
     scales = {"one branch (1, 1)": (1, 1), "two branches (1.5, 1.5)": (1.5, 1.5), "three branches (1.5, 2)": (1.5, 2)}
+    if not model.canvas:
+        del scales["three branches (1.5, 2)"]  # there are two at most
     branches = bench.in_turns({name: frames(cfg_temporal=w_t, cfg_canvas=w_s) for name, (w_t, w_s) in scales.items()})
     times, peak = bench.against_products({"fast": frames(), "slow": slow} | ({"eager": frames(model)} if compiled else {}))
     bench.headline(peak)
@@ -285,7 +296,7 @@ def bench_sample(args) -> dict:
     print(f"first frame of one clip, pixels to pixels, from {opts.context} frames: {1e3 * latency:.4g} ms")
     first = branches["one branch (1, 1)"]
     print("guidance, times one branch: " + ", ".join(f"{name} {s / first:.2f}" for name, s in branches.items()))
-    ratios = {f"the sampler over one without cache (past of {window + 1} frames), all tokens and three branches at every step": times["slow"] / frame}
+    ratios = {f"the sampler over one without cache (past of {window + 1} frames), all tokens and three branches at every step{', both eager' if compiled else ''}": times["slow"] / times.get("eager", frame)}
     ratios |= {"compiled over eager": times["eager"] / frame} if compiled else {}
     ratios |= sample_twins(bench, model, tokenizer)
     for name, ratio in ratios.items():
@@ -409,6 +420,7 @@ def bench_save(args) -> dict:
     cfg = config.load(args.config, args.overrides)
     bench = Bench(cfg, args.repeats)
     t, seconds = Training(cfg, bench), {"step": [], "save": []}
+    one = t.compiled() if compiles(cfg, bench.device) else t.step
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
 
         def write(step):
@@ -416,7 +428,7 @@ def bench_save(args) -> dict:
             storage.keep({"step": step, "vae": vae.pack(t.tokenizer), **states}, folder, "", cfg.train.keep)
 
         for step in range(1, args.repeats + 3):
-            seconds["step"].append(bench.seconds(t.step))
+            seconds["step"].append(bench.seconds(one))
             seconds["save"].append(bench.seconds(lambda step=step: write(step)))
         size = storage.steps(folder, "")[0].stat().st_size
     step, save = (statistics.mean(seconds[name][2:]) for name in ("step", "save"))

@@ -66,7 +66,7 @@ class Stream(torch.utils.data.Dataset):
 
 
 def loader(source, seed: int, batch: int, first: int, last: int, rank=0, ranks=1, workers=0, pin=False):
-    """Batches `first` to `last`: yields clips (batch, T, 3, H, W) and their positions (batch,). Pinned, they go to a GPU while it computes.
+    """Batches `first` to `last`: yields clips (batch, T, 3, H, W) and their positions (batch,). Pinned, nobody waits for their copy to a GPU.
 
     Batch n of rank r holds the positions n*ranks*batch + r*batch + (0..batch-1), so the ranks share out each epoch
     exactly and a run that goes on from batch n sees what the unbroken run would have seen.

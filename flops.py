@@ -24,7 +24,7 @@ def count(cfg: config.Config) -> dict:
 
     `step_flops` forward and backward of a training step without the encoding of its clips, `part_flops` by part and with it,
     `sampling_flops_a_frame` one frame more of one clip with all branches of the configured guidance, `activation_bytes` what the
-    forward keeps for the backward under bf16 autocast without compilation, `state_bytes` weights, gradients, AdamW's two moments
+    forward keeps for the backward under bf16 autocast, by its rules for a CPU and without compilation, `state_bytes` weights, gradients, AdamW's two moments
     and the average, all fp32.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -5,6 +5,7 @@ import ctypes
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -139,8 +140,13 @@ def autocast(device: torch.device, precision: str):
 
 
 def compiles(cfg: Config, device: torch.device) -> bool:
-    """Resolve train.compile=auto: on a GPU that has triton. On a CPU it gains a few percent, less than a short run pays for it."""
-    return cfg.train.compile == "true" or (cfg.train.compile == "auto" and device.type == "cuda" and has_triton())
+    """Resolve train.compile=auto: on a GPU that has triton and the C compiler it needs. On a CPU it gains a few percent, less than a short run pays for it."""
+    return cfg.train.compile == "true" or (cfg.train.compile == "auto" and device.type == "cuda" and has_triton() and has_c())
+
+
+def has_c() -> bool:
+    """Is there a compiler where triton looks for one?"""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 @contextlib.contextmanager
@@ -149,9 +155,9 @@ def compiler_in_words(remedy: str):
     try:
         yield
     except RuntimeError as error:
-        if not re.search(r"working (C\+\+ compiler|triton)|triton not|TritonMissing", str(error), re.I):
+        if not re.search(r"working (C\+\+ compiler|triton)|triton not|TritonMissing|find C compiler|GPUTooOld|too old to be supported by the triton", str(error), re.I):
             raise
-        raise UserError(f"torch.compile needs a C++ compiler, and triton on a GPU, and finds none: {remedy}") from None
+        raise UserError(f"torch.compile lacks a C or C++ compiler, or triton, or a GPU new enough for it: {remedy}") from None
 
 
 def check_memory(parameters: int, device: torch.device) -> None:

@@ -178,7 +178,7 @@ def collect(run: Run, kinds: dict, detectors: list, floor=False) -> Collected:
 
 
 def held_out_losses(run, real):
-    with torch.no_grad(), autocast(run.device, run.cfg.train.precision):
+    with torch.no_grad(), autocast(run.device, run.cfg.train.precision), torch.compiler.set_stance("force_eager"):  # other shapes than sampling
         return validate(run.model, run.tokenizer.encode(real[:, : run.cfg.data.frames].to(run.device)), run.cfg.seed)
 
 

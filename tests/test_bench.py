@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bench
 import config
+import flops
 from canvas import CanvasMAR
 
 
@@ -79,6 +80,36 @@ def test_a_generated_frame_is_taken_apart_and_compared(tmp_path, monkeypatch, ca
     assert figures["part_seconds"].keys() == {"temporal", "masked transformer", "head", "rest"} | ({"canvas"} if canvas == "true" else set())
     assert len(figures["rollout_seconds"]) == 9 and figures["first_frame_seconds"] > 0 and "of the floor" in out
     assert figures["share_of_floor"] == pytest.approx(2 * figures["counted"]["sampling_flops_a_frame"] / figures["matmul_peak"] / figures["frame_seconds"])
+
+
+def test_what_is_compared_is_the_fast_way_and_its_slow_twin(monkeypatch, tmp_path):
+    def arithmetic(self, ways, *_, **__):  # FLOPs in the place of seconds: a peak of 1, and every ratio is one of FLOPs
+        found = {}
+        for name, work in ways.items():
+            work()  # the context's turn
+            with flops.counter() as counted:
+                work()
+            found[name] = counted.get_total_flops() or 1
+        return found
+
+    trainings, start = [], bench.Training.__init__
+    monkeypatch.setattr(bench.Training, "__init__", lambda self, *args: start(self, *args) or trainings.append(self))
+    monkeypatch.setattr(bench.Bench, "in_turns", arithmetic)
+    half = flops.count(config.load(ROOT / "config.yaml", [*TINY, "model.head_depth=3"]))
+    bench_here(monkeypatch, "train", ROOT / "config.yaml", *TINY, "model.head_depth=3", "--json", tmp_path / "t.json")
+    figures = json.loads((tmp_path / "t.json").read_text())
+    assert figures["mfu"] == pytest.approx(1, rel=1e-3) and figures["matmul_peak"] == 1
+    assert {name: n for name, n in figures["part_seconds"].items() if n > 1} == half["part_flops"]
+    head, windows, kept, *same = figures["times_faster"].values()
+    assert 1.1 < head < 2 and 1.05 < windows < 2 and 1.1 < kept < 1.5 and same == [1, 1]
+    model = trainings[0].model
+    assert not any(block.recompute for block in flops.blocks(model)) and "_attend" not in model.temporal.__dict__
+    bench_here(monkeypatch, "sample", ROOT / "config.yaml", *TINY, "sample.cfg_temporal=1", "sample.cfg_canvas=1", "--repeats", 1, "--rollout", 1, "--json", tmp_path / "s.json")
+    figures = json.loads((tmp_path / "s.json").read_text())
+    assert figures["share_of_floor"] == pytest.approx(1, rel=0.01) and figures["late_over_early"] == 1
+    one, two, three = figures["branch_seconds"].values()
+    slow, cached, decoding = figures["times_faster"].values()
+    assert 1.5 < two / one < three / one < 3 and slow > 3 and cached > 10 and decoding == 1
 
 
 def test_recipes_are_timed_without_their_data(tmp_path):

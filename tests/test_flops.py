@@ -17,6 +17,16 @@ def test_counting_without_computing_counts_what_computing_does():
     with flops.counter() as step:
         model(torch.zeros(3, 3, 16, 2), draws)[0].backward()
     assert counted["step_flops"] == step.get_total_flops() > 0
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss, _ = model(torch.zeros(3, 3, 16, 2), draws)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert counted["activation_bytes"] == sum(s.nbytes() for pointer, s in kept.items() if pointer not in weights) > 0
     assert counted["parameters"] == sum(p.numel() for p in tiny_model().parameters()) == sum(counted["parts"].values()) + model.start.numel() + model.null.numel()
     assert counted["tokens_a_frame"] == 16 and counted["tokens_a_step"] == 3 * 3 * 16
     twice = flops.count(tiny("train.batch=6"))

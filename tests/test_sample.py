@@ -253,4 +253,4 @@ def test_truncated_and_foreign_checkpoints_are_refused(trained, tmp_path):
 def test_compilation_without_a_compiler_is_one_line(trained, tmp_path):
     places = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     _, err = script("sample.py", "--ckpt", trained, "--compile", "--out", tmp_path / "out", expect=2, **places)
-    assert err.strip().splitlines()[-1].startswith("error: torch.compile needs a C++ compiler") and "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("error: torch.compile lacks a C or C++ compiler") and "Traceback" not in err

@@ -3,20 +3,24 @@
 import dataclasses
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flops
+import protocols
 import sample
 import slow
 import train
 from canvas import clip_generator
-from machine import autocast
+from config import UserError
+from machine import autocast, compiler_in_words
 
 scales = st.sampled_from([-0.5, 0, 1, 1.3, 2])
 
@@ -131,31 +135,70 @@ def test_the_sampler_compiles_each_of_its_shapes_once(counters, monkeypatch):
     assert calls == ["reduce-overhead"] * 2 and once == counters["stats"]["unique_graphs"] == 2 * sizes
 
 
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 5e-2)])
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler")
-def test_compiled_sampling_equals_eager(counters):
+def test_compiled_sampling_equals_eager(counters, precision, tolerance):
     model = tiny_model()
+    sample.to_precision(precision, model)
     x, opts = latents(model, 2, 2), options(model, 2, steps=2, cfg_temporal=1.5, cfg_canvas=1.5)
-    expected = [frame.latent for frame in sample.generate(model, x, opts, 0, [0, 1])]
+    with autocast(torch.device("cpu"), precision):
+        expected = [frame.latent for frame in sample.generate(model, x, opts, 0, [0, 1])]
+        sample.compile_parts(model)
+        compiled = [frame.latent for frame in sample.generate(model, x, opts, 0, [0, 1])]
+    torch.testing.assert_close(compiled, expected, atol=tolerance, rtol=tolerance)
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("said", ["Failed to find C compiler. Please specify via CC environment variable", "Cannot find a working triton installation", "No working C++ compiler found in cpp.cxx"])
+def test_a_missing_compiler_is_put_into_words_and_nothing_else_is(said):
+    with pytest.raises(UserError, match="a C or C.. compiler"), compiler_in_words("leave it out"):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="shapes"), compiler_in_words("leave it out"):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_held_out_losses_are_not_compiled_with_the_sampler(counters, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: torch._dynamo.optimize("eager", dynamic=dynamic)(f))
+    cfg, (model, tokenizer, x, _) = tiny(), flops.real_parts(tiny())
+    run = SimpleNamespace(model=model, tokenizer=tokenizer, cfg=cfg, device=torch.device("cpu"))
+    expected = protocols.held_out_losses(run, x)
     sample.compile_parts(model)
-    torch.testing.assert_close([frame.latent for frame in sample.generate(model, x, opts, 0, [0, 1])], expected, atol=1e-4, rtol=1e-4)
+    assert protocols.held_out_losses(run, x) == expected and counters["stats"]["unique_graphs"] == 0
+    with torch.no_grad():
+        list(sample.generate(model, latents(model, 2, 2), options(model, 2), 0, [0, 1]))
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 # -------------------------------------------------------------------------------------------------------------- no waiting
 
 
-def test_a_training_step_reads_nothing_back_from_the_device():
-    cfg = tiny()
-    with FakeTensorMode(allow_non_fake_inputs=True):  # its tensors hold no numbers: whoever asks for one fails
-        model, tokenizer, x, draws = flops.real_parts(cfg)
-        ema, optimizer = flops.real_parts(cfg)[0].requires_grad_(False), train.make_optimizer(model, 1e-3, 0.1, torch.device("cpu"))
-        for _ in range(2):
-            with torch.no_grad():
-                f = tokenizer.encode(x)
-            loss, _ = model(f, draws)
-            loss.backward()
-            norm = train.update(model, ema, optimizer, 1.0, 0.9)
-        with pytest.raises(DataDependentOutputException):
-            norm.item()
+class Reads(TorchDispatchMode):
+    """Counts what a device would have to be waited for: numbers read, and shapes that depend on them."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.index.Tensor:  # by numbers, its shape is known
+            self.number += any(i is not None and i.dtype == torch.bool for i in args[1])
+        else:
+            self.number += torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_training_step_reads_nothing_back_from_the_device_but_for_the_log(train_here, monkeypatch, tmp_path):
+    reads, steps, fit, backward = Reads(), [], train.fit, train.backward
+    monkeypatch.setattr(train, "LOG_EVERY", 3)
+    monkeypatch.setattr(train, "backward", lambda *args: steps.append(reads.number) or backward(*args))
+
+    def watched_fit(*args):
+        with reads:
+            steps.clear()
+            return fit(*args)
+
+    monkeypatch.setattr(train, "fit", watched_fit)
+    assert train_here(tmp_path / "run", "train.steps=8", "train.save_every=100", "train.accumulate=2")[0] == 0
+    in_step = [after - before for before, after in zip(steps, steps[1:])]
+    assert len(in_step) == 7 and [n > 0 for n in in_step] == [False, False, True, False, False, True, False]  # the third and sixth log
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -168,11 +211,19 @@ def test_weights_rounded_once_give_what_autocast_gives(precision):
             p.data = 0.3 * torch.randn(p.shape)
         if rounded:
             sample.to_precision(precision, model, tokenizer)
-        assert (model.mar.embed.weight.dtype == torch.bfloat16) == (rounded and precision == "bf16")
+        expected = torch.bfloat16 if rounded and precision == "bf16" else torch.float32
+        assert {p.dtype for net in (model, tokenizer) for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) for p in m.parameters()} == {expected}
         x = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
         with autocast(torch.device("cpu"), precision):
             found.append(sample.continue_clips(model, tokenizer, x, options(model, 2), 0, [0, 1])[0])
     assert torch.equal(*found)
+
+
+def test_a_loaded_run_has_its_weights_rounded_once(trained, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sample, "to_precision", lambda *args: calls.append(args))
+    cfg, *networks = sample.load_run(trained, torch.device("cpu"))
+    assert calls == [(cfg.train.precision, *networks)]
 
 
 def test_decoding_in_portions_changes_nothing(monkeypatch):
@@ -190,13 +241,16 @@ def test_cuda_steps_do_not_wait_and_compiled_sampling_equals_eager(counters):
     model, device = tiny_model().cuda(), torch.device("cuda")
     ema, optimizer = tiny_model().cuda().requires_grad_(False), train.make_optimizer(model, 1e-3, 0.1, device)
     f = latents(model).cuda()
-    for mode in ("default", "error"):  # the first step may allocate and choose kernels
-        torch.cuda.set_sync_debug_mode(mode)
-        model(f, model.draw([clip_generator(0, i, device) for i in range(2)], 5))[0].backward()
-        train.update(model, ema, optimizer, 1.0, 0.9)
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        for mode in ("default", "error"):  # the first step may allocate and choose kernels
+            torch.cuda.set_sync_debug_mode(mode)
+            model(f, model.draw([clip_generator(0, i, device) for i in range(2)], 5))[0].backward()
+            train.update(model, ema, optimizer, 1.0, 0.9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     generated = partial(lambda opts: torch.stack([f.latent for f in sample.generate(model.eval(), latents(model, 2, 2).cuda(), opts, 0, [0, 1])]), options(model, 2, frames=12))
     with torch.no_grad():
         expected = generated()
         sample.compile_parts(model)
         torch.testing.assert_close(generated(), expected, atol=1e-3, rtol=1e-2)
+    assert not counters["inductor"]["cudagraph_skips"]
