@@ -701,12 +701,17 @@ def test_processes_that_see_other_data_than_the_first_are_refused():
 def test_a_run_whose_terminal_is_gone_still_saves(tmp_path, named):
     run, (out, into) = tmp_path / "run", os.pipe()
     command = [sys.executable, "train.py", "config.yaml", f"run={run}", *TINY, named, "train.steps=5000", "train.save_every=5000"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup, which it would inherit
     process = subprocess.Popen(command, cwd=ROOT, stderr=into, stdout=into, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    signal.signal(signal.SIGHUP, before)
     while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
     os.close(into), os.close(out)
     process.send_signal(signal.SIGHUP)
-    process.wait(60)
+    try:
+        process.wait(60)
+    finally:
+        process.kill()
     assert len(storage.steps(run, "")) == 1 and process.returncode == 128 + signal.SIGHUP
 
 
