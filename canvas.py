@@ -27,8 +27,8 @@ class CanvasMAR(nn.Module):
         self.start = nn.Parameter(torch.zeros(self.tokens, channels))  # stands before the first frame
         self.null = nn.Parameter(torch.zeros(m.width))  # stands for a dropped z_t
         self.temporal = Temporal(channels, m.width, m.heads, m.temporal_depth, grid, m.window)
-        self.canvas = Canvas(channels, m.width, m.heads, m.canvas_depth, grid) if m.canvas else None
-        self.mar = MAR(channels, m.width, m.heads, m.mar_depth, grid)
+        self.canvas = Canvas(channels, m.width, m.heads, m.canvas_depth, grid, m.canvas_change) if m.canvas else None
+        self.mar = MAR(channels, m.width, m.heads, m.mar_depth, grid, m.canvas_under)
         self.head = DiffLoss(channels, m.width, m.head_width, m.head_depth)
         for block in (part for part in self.modules() if isinstance(part, Block)):
             block.recompute = cfg.train.recompute
@@ -57,10 +57,18 @@ class CanvasMAR(nn.Module):
             error = (guess.float() - f).square()
             canvas_loss = error.mean()
             logs = {"canvas": error[:, 1:].mean().detach(), "copy": (f[:, 1:] - f[:, :-1]).square().mean()}
-            z_s = perturb(z_s, draws.sigma, draws.noise)  # canvas augmentation
+            z_s = z_s if self.cfg.canvas_gradient else z_s.detach()
+            z_s = self.seen(z_s, guess, draws.sigma, draws.noise)
             z_s = torch.where(draws.drop_canvas[:, None, None, None], torch.zeros_like(z_s), z_s)
         z_t = torch.where(draws.drop_temporal[:, None, None, None], self.null.to(z_t.dtype), z_t)
         return z_t, z_s, canvas_loss, logs
+
+    def seen(self, z_s, guess, sigma=None, noise=None):
+        """What the masked transformer sees of the canvas (z_s, guess), with canvas augmentation if sigma and noise are given."""
+        if self.cfg.canvas_as == "features":
+            return z_s if sigma is None else perturb(z_s, sigma, noise)
+        guess = guess if self.cfg.canvas_gradient else guess.detach()
+        return self.mar.embed(guess if sigma is None else perturb(guess, sigma, noise[..., : self.channels]))
 
     def draw(self, generators: list[torch.Generator], frames: int, ratio: float | None = None) -> "Draws":
         """All randomness of one training step, one generator per clip, on the generators' device.
@@ -185,9 +193,9 @@ class Canvas(nn.Module):
     to unit variance per token, so that the noise of `perturb` has a known relative level.
     """
 
-    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int):
+    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int, change: bool):
         super().__init__()
-        self.embed = nn.Linear(channels, width)
+        self.change, self.embed = change, nn.Linear(channels, width)
         self.blocks = nn.ModuleList(Block(width, heads, grid) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.leave = nn.Linear(width, channels)  # W
@@ -197,7 +205,7 @@ class Canvas(nn.Module):
         for block in self.blocks:
             x = block(x)
         z_s = self.norm(x).view_as(z_t)
-        return z_s, self.leave(z_s)
+        return z_s, p + self.leave(z_s) if self.change else self.leave(z_s)
 
 
 def clip_generator(seed: int, clip: int, device="cpu") -> torch.Generator:

@@ -110,6 +110,8 @@ class Data:
     frames: int = within(2, 4096)
     stride: int = within(1, 4096)
     train_clips: int = within(1, MANY)
+    objects: int = field(metadata={"low": 2, "high": 4, "before": 3})
+    texture: float = field(metadata={"low": 0, "high": 0.3, "before": 0.0})
     workers: int = within(0, 1024)
 
 
@@ -138,6 +140,10 @@ class Model:
     canvas: bool
     canvas_noise: float = within(0)
     canvas_weight: float = within(0)
+    canvas_gradient: bool = field(metadata={"before": True})
+    canvas_change: bool = field(metadata={"before": False})
+    canvas_under: bool = field(metadata={"before": False})
+    canvas_as: str = one_of("features", "picture", before="features")
     drop_temporal: float = within(0, 1)
     drop_canvas: float = within(0, 1)
     diffusion_repeat: int = within(1, 1024)

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 class MAR(nn.Module):
     """c = MAR(u): every token of a frame sees every other. The canvas stands where MAR has a uniform [MASK] token."""
 
-    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int):
+    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int, under: bool = False):
         super().__init__()
-        self.embed = nn.Linear(channels, width)  # E
+        self.under, self.embed = under, nn.Linear(channels, width)  # E
         self.temporal = nn.Linear(width, width)  # P
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.position = nn.Parameter(0.02 * torch.randn(grid**2, width))
@@ -30,6 +30,7 @@ class MAR(nn.Module):
         at (G, k) says which: their places among all tokens of each of G groups of B / G frames. Returns c (G, k, D).
         """
         known = self.embed(f.masked_fill(masked[..., None], 0))
+        known = known + z_s if self.under else known
         u = torch.where(masked[..., None], self.mask_token + z_s, known)  # the canvas as a non-uniform mask
         u = u + self.position + self.temporal(z_t)  # (B, N, D)
         *blocks, last = self.blocks

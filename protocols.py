@@ -143,13 +143,13 @@ class Collected:
     losses: dict  # held-out losses of the model
 
 
-def collect(run: Run, kinds: dict, detectors: list, floor=False) -> Collected:
-    """Make every kind of video of the test clips, a batch at a time, and keep what the scores need.
+def collect(run: Run, kinds: dict, detectors: list, floor=False, losses=True) -> Collected:
+    """Make every kind of video of the test clips, a batch at a time, and keep what the scores and, if wanted, the losses need.
 
     kinds: {name: function(real (B, T, 3, H, W) in [-1, 1], indices) -> video like real}. The kind "real" is always there;
     with `floor`, so is "floor": as many clips of the training split, whose set scores are the noise floor.
     """
-    context, losses = run.cfg.sample.context, []
+    context, parts = run.cfg.sample.context, []
     features, frames, objects = (defaultdict(lambda: defaultdict(list)) for _ in range(3))
     listed = Listed(run.test, run.indices, run.train, run.others if floor else [], run.start)
     with tqdm(total=len(listed) * (len(kinds) + 1 + floor), desc="scoring", unit="clip") as bar:
@@ -167,11 +167,13 @@ def collect(run: Run, kinds: dict, detectors: list, floor=False) -> Collected:
                     for clip, index in zip(video, indices):
                         for name, value in object_measures(clip, run.test.state(index), context).items():
                             objects[kind][name].append(value[None])
+                        if kind == "real" and context:
+                            objects["other future"]["end"].append(run.test.state(index, context).position[-1:, 0])
                 bar.update(len(real))
-            if len(losses) * run.batch < 256:
-                losses.append((len(real), held_out_losses(run, real)))
-    total = sum(weight for weight, _ in losses)
-    losses = {name: sum(weight * part[name] for weight, part in losses) / total for name in losses[0][1]}
+            if losses and len(parts) * run.batch < 256:
+                parts.append((len(real), held_out_losses(run, real)))
+    total = sum(weight for weight, _ in parts)
+    losses = {name: sum(weight * part[name] for weight, part in parts) / total for name in (parts[0][1] if parts else ())}
     features = {name: {kind: torch.cat(parts) for kind, parts in of.items()} for name, of in features.items()}
     frames, objects = ({a: {b: np.concatenate(parts) for b, parts in of.items()} for a, of in kept.items()} for kept in (frames, objects))
     return Collected(features, frames, objects, losses)
@@ -209,7 +211,10 @@ def summarise(detectors, got: Collected, trajectories: list[str], pooled: bool, 
         result["speed_ratio"] = {kind: float(np.nanmean(got.objects[kind]["speed"]) / speed) for kind in kinds}
         if len(trajectories) > 1:
             ends = [got.objects[kind]["end"] for kind in trajectories[:2]]
-            result["ends_apart"] = float(np.nanmean(np.linalg.norm(ends[0] - ends[1], axis=-1)))
+            apart = lambda a, b: float(np.nanmean(np.linalg.norm(a - b, axis=-1)))
+            result["ends_apart"] = apart(*ends)
+            if "other future" in got.objects:
+                result["ends_apart_real"] = apart(got.objects["real"]["end"], got.objects["other future"]["end"])
     return result
 
 

@@ -52,6 +52,7 @@ class Pushing:
 
     def __init__(self, data: Data, seed: int, split: str, frames: int):
         self.size, self.seed, self.frames, self.stride = data.size, seed, frames, data.stride
+        self.objects, self.texture = data.objects, data.texture
         self.split = int(split == "test")
         self.length = data.train_clips if split == "train" else TEST_CLIPS
 
@@ -63,16 +64,22 @@ class Pushing:
 
     def clip(self, index: int, start=None) -> torch.Tensor:
         """(T, 3, size, size) float32 in [-1, 1]. Every clip starts at its first frame, so `start` says nothing here."""
-        return torch.from_numpy(render(self.state(index), self.size))
+        table = pattern(np.random.default_rng([*self._key(index), 2]), self.size, self.texture) if self.texture else None
+        return torch.from_numpy(render(self.state(index), self.size, table))
 
-    def state(self, index: int) -> State:
-        rng = np.random.default_rng([self.seed, self.split, index % len(self)])
-        return simulate(rng, self.frames, self.stride)
+    def _key(self, index: int) -> list[int]:
+        return [self.seed, self.split, index % len(self)]
+
+    def state(self, index: int, context: int = 0) -> State:
+        """What happens in a clip; with a context, another future of its first `context` frames, the true one's equal in chance."""
+        other = (np.random.default_rng([*self._key(index), 1]), (context - 1) * self.stride) if context else None
+        return simulate(np.random.default_rng(self._key(index)), self.frames, self.stride, self.objects, other)
 
 
-def simulate(rng: np.random.Generator, frames: int, stride: int = 1) -> State:
-    """Play one scene of 2 or 3 objects. Plain floats: faster than arrays for four bodies."""
-    count = int(rng.integers(2, 4))
+def simulate(rng: np.random.Generator, frames: int, stride: int = 1, objects: int = 3, other=None) -> State:
+    """Play one scene of 2 to `objects` objects. Plain floats: faster than arrays for four bodies. other: (another generator,
+    from which step on it kicks the gripper)."""
+    count = int(rng.integers(2, objects + 1))
     shapes = [GRIPPER_SIZE] + [(PUCK, BLOCK)[k] for k in rng.integers(0, 2, count)]
     colour = np.concatenate([[0], 1 + rng.permutation(len(COLOURS))[:count]])
     place = _scatter(rng, shapes)
@@ -81,7 +88,10 @@ def simulate(rng: np.random.Generator, frames: int, stride: int = 1) -> State:
     speed = float(rng.uniform(0.02, 0.06))
     velocity = [[0.0, 0.0] for _ in shapes]
     velocity[0] = [speed * math.cos(angle), speed * math.sin(angle)]
-    kicks = (KICK * rng.standard_normal(((frames - 1) * stride, 2))).tolist()
+    kicks = KICK * rng.standard_normal(((frames - 1) * stride, 2))
+    if other:
+        kicks[other[1] :] = KICK * other[0].standard_normal((len(kicks) - other[1], 2))
+    kicks = kicks.tolist()
     track = [[p[:] for p in place]]
     for kick in kicks:
         velocity[0] = [MOMENTUM * v + k for v, k in zip(velocity[0], kick)]
@@ -150,13 +160,22 @@ def _substep(place, velocity, shapes):
     return new, [velocity[0], *slid[1:]]
 
 
-def render(state: State, size: int) -> np.ndarray:
-    """Draw a State with antialiased edges: (T, 3, size, size) float32 in [-1, 1].
+def pattern(rng: np.random.Generator, size: int, strength: float) -> np.ndarray:
+    """A smooth pattern of light and dark to lay on the table, (size, size) in 0 .. strength below: 8 x 8 random heights, bilinear between."""
+    at = np.linspace(0, 7, size, dtype=np.float32)
+    low = np.minimum(at.astype(int), 6)
+    ramp = np.zeros((size, 8), np.float32)  # each row: the shares of two neighbours
+    ramp[np.arange(size), low], ramp[np.arange(size), low + 1] = 1 - (at - low), at - low
+    return -strength * (ramp @ rng.random((8, 8), np.float32) @ ramp.T)
+
+
+def render(state: State, size: int, table=None) -> np.ndarray:
+    """Draw a State with antialiased edges: (T, 3, size, size) float32 in [-1, 1]. table: a `pattern` on the table.
 
     The arm reaches from the top edge to the gripper, drawn under the objects so that every object is always whole.
     """
     image = np.empty((len(state.position), 3, size, size), np.float32)
-    image[:] = 2 * np.array(TABLE, np.float32)[:, None, None] - 1
+    image[:] = 2 * (np.array(TABLE, np.float32)[:, None, None] + (0 if table is None else table)) - 1
     gx, gy = state.position[:, 0].T
     _draw(image, gx, gy / 2, 0.02, gy / 2, 0.01, ARM)
     for body in range(state.position.shape[1] - 1, -1, -1):

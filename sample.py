@@ -67,7 +67,7 @@ def draw_frame(model, z_t, previous, opts, streams) -> Frame:
         z_s, canvas = torch.zeros_like(z_t), None
     else:
         z_s, canvas = model.canvas(z_t, previous)
-        canvas = canvas.float()
+        z_s, canvas = model.seen(z_s, canvas), canvas.float()
     order = random_order(noise) if opts.order == "random" else motion_order(canvas, previous, noise)
 
     weights, z_ts, z_ss = branches(model, z_t, z_s, opts.cfg_temporal, opts.cfg_canvas)

@@ -125,7 +125,7 @@ def test_loss_on_masked_tokens_equals_the_head_on_all_tokens_with_the_loss_maske
     p = torch.cat([model.start.expand(2, 1, -1, -1), f[:, :-1]], 1)
     z_t = model.temporal(p)
     z_s, guess = model.canvas(z_t, p) if canvas else (torch.zeros_like(z_t), f)
-    z_s = perturb(z_s, draws.sigma, draws.noise) if canvas else z_s
+    z_s = model.seen(z_s, guess, draws.sigma, draws.noise) if canvas else z_s
     masked = torch.zeros(2, 5 * model.tokens, dtype=torch.bool).scatter(1, draws.masked, True)
     everywhere = torch.arange(5 * model.tokens).expand(2, -1)
     c = model.mar(f.flatten(0, 1), masked.view(10, -1), z_t.flatten(0, 1), z_s.flatten(0, 1), everywhere)
@@ -164,6 +164,55 @@ def test_the_baseline_is_the_model_with_its_canvas_always_dropped():
     baseline.load_state_dict(state)
     f, draws = clips(baseline), with_canvas.draw(generators(2), 5)
     assert torch.equal(with_canvas(f, draws)[1]["diffusion"], baseline(f, draws)[1]["diffusion"])
+
+
+def test_the_features_of_the_canvas_or_its_picture_are_seen_noisy_in_training_and_clean_in_sampling():
+    g = torch.Generator().manual_seed(0)
+    z_s, guess = torch.randn(2, 3, 16, 16, generator=g), torch.randn(2, 3, 16, 2, generator=g)
+    sigma, noise = torch.rand(2, 3, generator=g), torch.randn(2, 3, 16, 16, generator=g)
+    features, picture = tiny_model("model.canvas_as=features"), tiny_model("model.canvas_as=picture")
+    assert torch.equal(features.seen(z_s, guess), z_s) and torch.equal(features.seen(z_s, guess, sigma, noise), perturb(z_s, sigma, noise))
+    assert torch.equal(picture.seen(z_s, guess), picture.mar.embed(guess))
+    noisy = guess + sigma[..., None, None] * noise[..., :2]  # in standard deviations of the latents
+    assert torch.equal(picture.seen(z_s, guess, sigma, noise), picture.mar.embed(noisy))
+
+
+@pytest.mark.parametrize("kind", ["features", "picture"])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_stopped_gradient_leaves_the_canvas_to_its_own_loss(kind, stopped):
+    losses = {}
+    for weight in (0, 1):
+        model = tiny_model(f"model.canvas_as={kind}", f"model.canvas_gradient={not stopped}".lower(), f"model.canvas_weight={weight}")
+        f, draws = clips(model), model.draw(generators(2), 5)
+        model(f, draws.undropped())[0].backward()
+        losses[weight] = model.canvas.embed.weight.grad
+    assert (not losses[0].any()) == stopped and losses[1].any()  # with a weight of 0 its own loss gives none
+    p = torch.cat([model.start.expand(2, 1, -1, -1), f[:, :-1]], 1)
+    model.zero_grad()
+    (model.canvas(model.temporal(p), p)[1] - f).square().mean().backward()
+    assert torch.allclose(model.canvas.embed.weight.grad, losses[1], rtol=1e-4, atol=1e-7) == stopped
+
+
+@given(st.integers(0, 100))
+def test_a_canvas_that_is_a_change_begins_as_the_frame_before(seed):
+    frame, change = tiny_model("model.canvas_change=false"), tiny_model("model.canvas_change=true")
+    p, z_t = clips(frame, seed=seed), torch.randn(2, 5, frame.tokens, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(change.canvas(z_t, p)[1], frame.canvas(z_t, p)[1] + p)
+        change.canvas.leave.weight.zero_(), change.canvas.leave.bias.zero_()
+        assert torch.equal(change.canvas(z_t, p)[1], p)
+
+
+@pytest.mark.parametrize("under", [False, True])
+def test_known_tokens_show_the_canvas_only_where_that_is_wanted(under):
+    model = tiny_model(f"model.canvas_under={under}".lower())
+    g = torch.Generator().manual_seed(0)
+    f, z_t, z_s = (torch.randn(1, model.tokens, width, generator=g) for width in (model.channels, 16, 16))
+    masked, everywhere = torch.arange(model.tokens)[None] < 6, torch.arange(model.tokens)[None]
+    with torch.no_grad():
+        before = model.mar(f, masked, z_t, z_s, everywhere)
+        assert torch.equal(model.mar(f, masked, z_t, z_s + ~masked[..., None], everywhere), before) != under
+        assert not torch.equal(model.mar(f, masked, z_t, z_s + masked[..., None], everywhere), before)
 
 
 def test_validate_is_repeatable_and_reports_every_ratio():

@@ -44,7 +44,7 @@ def test_what_is_kept_does_not_depend_on_the_batch(run, trained):
     a, b = (collect(r, kinds(r), detectors, floor=True) for r in (run, other))
     for kind in ("real", "floor", *kinds(run)):
         torch.testing.assert_close(a.features["offline"][kind], b.features["offline"][kind], rtol=1e-3, atol=1e-4)
-    assert a.frames["psnr"]["seed 0"].shape == (6,) and set(a.objects) == {"real", *kinds(run)} and "floor" not in a.frames["psnr"]
+    assert a.frames["psnr"]["seed 0"].shape == (6,) and set(a.objects) == {"real", "other future", *kinds(run)} and "floor" not in a.frames["psnr"]
     np.testing.assert_allclose(a.frames["psnr"]["seed 0"], b.frames["psnr"]["seed 0"], atol=0.1)
     assert a.losses["diffusion@1.0"] > 0
 
@@ -90,6 +90,8 @@ def test_the_truth_scores_best_and_the_context_does_not_count_in_psnr(run):
     frechet = [e["frechet"] for e in s["detectors"]["offline"]["each"]]
     assert frechet[0] < 1e-6 < frechet[1]  # but in scores of sets it does
     assert s["right"] == {"real": 1, "a": 1, "b": 1} and s["speed_ratio"]["a"] == 1 and s["ends_apart"] == 0
+    assert 0 < s["ends_apart_real"] < 0.5  # of two futures that the simulator plays
+    assert not collect(run, {"a": spoiled}, [metrics.Offline()], losses=False).losses
 
 
 def test_pushing_as_a_command(trained, tmp_path):

@@ -139,6 +139,34 @@ def test_spoiled_frames_count_where_they_were_predicted(clips, index, context, s
     assert object_measures(clip, state, context)["right"].tolist() == [t not in spoiled for t in range(context, 10)]
 
 
+def test_another_future_shares_the_context_alone_and_is_as_lively():
+    world, apart, speeds = source(split="test"), [], []
+    for context in (1, 2, 5):
+        for index in range(60):
+            true, other = world.state(index), world.state(index, context)
+            assert np.array_equal(true.position[:context], other.position[:context]) and np.array_equal(true.colour, other.colour)
+            assert not np.array_equal(true.position[context], other.position[context])
+            apart.append(np.linalg.norm(true.position[-1, 0] - other.position[-1, 0]))
+            speeds.append([np.linalg.norm(np.diff(s.position[context - 1 :, 0], axis=0), axis=-1).mean() for s in (true, other)])
+    true, other = np.mean(speeds, 0)
+    assert np.mean(apart) > 0.1 and abs(true / other - 1) < 0.1
+
+
+def test_harder_worlds_have_more_objects_and_another_table_in_every_clip_and_stay_right():
+    world = Pushing(tiny("data.objects=4", "data.texture=0.3").data, 0, "test", 5)
+    assert {len(world.state(i).colour) for i in range(60)} == {3, 4, 5}  # with the gripper
+    plain = Pushing(tiny("data.objects=4").data, 0, "test", 5)
+    tables = []
+    for i in range(20):
+        clip, state = world.clip(i), world.state(i)
+        assert np.array_equal(state.position, plain.state(i).position)
+        assert -1 <= clip.min() and clip.max() <= 1 and right_frames(detect(clip.numpy()), state).all()
+        darker = (plain.clip(i) - clip)[0]
+        assert -1e-6 < darker.min() and 0.1 < darker.max() <= 0.6 + 1e-6  # pixels lie in [-1, 1]
+        tables.append(clip[0, :, -1])
+    assert all(not torch.equal(tables[0], table) for table in tables[1:])
+
+
 def test_a_lost_gripper_has_no_speed_and_no_end(clips):
     found = {"x": np.array([[0.1], [np.nan], [0.3]]), "y": np.array([[0.1], [np.nan], [0.3]])}
     assert np.isnan(gripper_speed(found)).all()

@@ -1,0 +1,494 @@
+"""Does the canvas pay? Arms that differ in one thing, trained alike; their scores, with error bars, and the figures of them.
+
+    python evidence.py --small                   # all of it, small: within an hour on 2 cores
+    python evidence.py --jobs 2                  # all of it, two trainings at once; what is done already is not done again
+    python evidence.py train steps               # parts of it
+
+Each part writes NAME.json and from it NAME.png (steps and levers also NAME.md) to results/evidence. Scored are as many test
+clips as the plan says; scales are chosen on others, that lie between these.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import config
+import flops
+import metrics
+import sample
+import storage
+from canvas import CanvasMAR
+from config import UserError
+from fvd import write_json
+from protocols import Run, collect, held_out_losses, summarise
+from video import to_uint8
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done."""
+
+    config: str = "config.yaml"
+    name: str = "evidence"  # runs/NAME holds what is trained, results/NAME what is found
+    seeds: tuple = (0, 1, 2)  # of training
+    lever_seeds: tuple = (0,)
+    levers: tuple = ()  # beside MAIN and NOISE; empty: all arms
+    train_steps: int = 0  # 0: as configured
+    clips: int = 128  # scored
+    samples: int = 2  # of each clip, two at least
+    steps: tuple = (1, 2, 4, 8, 16)
+    scales: tuple = (1.0, 1.1, 1.25, 1.5, 2.0)
+    jobs: int = 1  # trainings at once
+
+
+SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=700, clips=48, scales=(1.0, 1.25, 1.5))
+MAIN = ("canvas", "uniform", "uniform, deeper")
+NOISE = ("canvas", "no noise", "noise x2")
+
+
+def arms(cfg) -> dict:
+    """{name: the keys in which it differs from the configuration}."""
+    m, off = cfg.model, {"model.canvas": False}
+    deeper = off | {"model.mar_depth": m.mar_depth + m.canvas_depth}  # as many parameters as with a canvas
+    longer, harder = {"train.steps": 2 * cfg.train.steps}, {"data.objects": 4, "data.texture": 0.3}
+    return {
+        "canvas": {},
+        "uniform": off,
+        "uniform, deeper": deeper,
+        "no noise": {"model.canvas_noise": 0.0},
+        "noise x2": {"model.canvas_noise": 2 * m.canvas_noise},
+        "uniform, temporal deeper": off | {"model.temporal_depth": m.temporal_depth + m.canvas_depth},  # the cost of the canvas, too
+        "canvas as features": {"model.canvas_as": "features"},
+        "canvas under known tokens": {"model.canvas_under": True},
+        "gradient stopped": {"model.canvas_gradient": False},
+        "change of the last frame": {"model.canvas_change": True},
+        "canvas loss x0.3": {"model.canvas_weight": 0.3 * m.canvas_weight},
+        "dropped x2": {"model.drop_temporal": 2 * m.drop_temporal, "model.drop_canvas": 2 * m.drop_canvas},
+        "depth moved": {"model.canvas_depth": 2 * m.canvas_depth, "model.mar_depth": max(1, m.mar_depth - 1)},
+        "depth added": {"model.canvas_depth": 2 * m.canvas_depth + 1},
+        "x2 training": longer,
+        "x2 training, uniform, deeper": longer | deeper,
+        "harder data": harder,
+        "harder data, uniform, deeper": harder | deeper,
+    }
+
+
+def run_folder(plan, arm, seed) -> Path:
+    return Path("runs") / plan.name / f"{arm.replace(',', '').replace(' ', '_')}_{seed}"
+
+
+def out_folder(plan) -> Path:
+    return storage.make_folder(Path("results") / plan.name)
+
+
+def overrides(plan, arm, seed) -> list[str]:
+    """What `train.py` is told beside the configuration file."""
+    base = config.load(plan.config, [f"train.steps={plan.train_steps}"] if plan.train_steps else [])
+    steps = base.train.steps
+    keys = {"run": run_folder(plan, arm, seed), "seed": seed, "train.steps": steps, "train.preview_every": max(1, steps // 10)}
+    keys |= arms(base)[arm]
+    return [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in keys.items()]
+
+
+def lever_arms(plan) -> list[str]:
+    return list(dict.fromkeys([*MAIN, *NOISE, *(plan.levers or arms(config.load(plan.config)))]))
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def train(plan):
+    """Train every arm with every seed, on the tokenizer of the first with the same data. What was interrupted goes on where it was."""
+    wanted = dict.fromkeys([(arm, seed) for seed in plan.seeds for arm in (*MAIN, *NOISE)] + [(arm, seed) for seed in plan.lever_seeds for arm in lever_arms(plan)])
+    first, begun = {}, []
+    with ThreadPoolExecutor(plan.jobs) as pool:
+        for arm, seed in wanted:
+            data = config.load(plan.config, overrides(plan, arm, seed)).data
+            begun.append(pool.submit(_train_one, plan, arm, seed, first.get(data)))
+            first.setdefault(data, (run_folder(plan, arm, seed), begun[-1]))
+        try:
+            for one in begun:
+                one.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _train_one(plan, arm, seed, first):
+    """first: the folder and the training whose tokenizer is taken, as soon as it is there; None: train one."""
+    words = overrides(plan, arm, seed)
+    if first:
+        words.append(f"tokenizer.checkpoint={first[0] / 'tokenizer.pt'}")
+        while not (first[0] / "tokenizer.pt").exists() and not first[1].done():
+            time.sleep(1)
+    folder, cfg = run_folder(plan, arm, seed), config.load(plan.config, words)
+    if (newest := storage.steps(folder, "")) and newest[0].name == f"step_{cfg.train.steps:08d}.pt":
+        return storage.compare(config.load(folder / "config.yaml"), cfg, folder)
+    print(f"training {arm}, seed {seed}", file=sys.stderr)
+    storage.make_folder(folder)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // plan.jobs))} if plan.jobs > 1 else {}
+    with open(folder / "train.log", "ab") as log:  # of one at a time the progress is shown
+        told = {"stdout": log, "stderr": log} if plan.jobs > 1 else {"stdout": log}
+        status = subprocess.run([sys.executable, HERE / "train.py", plan.config, *words], env=os.environ | threads, **told).returncode
+    if status:
+        raise UserError(f"training {arm}, seed {seed} ended with status {status}; {folder / 'train.log'} may say why")
+
+
+# -------------------------------------------------------------------------------------------------------------- scoring
+
+
+def open_run(plan, arm, seed, tune=False, frames=None) -> Run:
+    """A trained arm on the clips that score or, to choose something by, on as many others that lie between those."""
+    folder = run_folder(plan, arm, seed)
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is not there; `python evidence.py train` comes first")
+    storage.compare(config.load(folder / "config.yaml"), config.load(plan.config, overrides(plan, arm, seed)), folder)
+    run = Run(argparse.Namespace(device="auto", batch=64, clips=2 * plan.clips, seed=None, frames=frames), folder, "pushing")
+    run.indices, run.others = (clips[0 if tune else 1 :: 2] for clips in (run.indices, run.others))
+    return run
+
+
+def score(plan, run, opts) -> dict:
+    """The figures of one cell: means over clips and samples."""
+    kinds, detector = {f"seed {j}": run.samples(j, opts) for j in range(plan.samples)}, metrics.Offline().to(run.device).eval()
+    got = collect(run, kinds, [detector], floor=True, losses=False)
+    s = summarise([detector], got, list(kinds), pooled=False, slow=False)
+    own = lambda of: float(np.mean([of[kind] for kind in kinds]))
+    sets = s["detectors"]["offline"]
+    return {
+        "frechet": sets["mean"]["frechet"], "right": own(s["right"]), "speed": own(s["speed_ratio"]), "psnr": s["psnr"][f"best_of_{len(kinds)}"],
+        "spread": s["ends_apart"] / s["ends_apart_real"], "floor": sets["floor"]["frechet"],
+        "right_by_frame": np.mean([got.objects[kind]["right"].mean(0) for kind in kinds], 0).tolist(),
+    }  # fmt: skip
+
+
+TITLES = {"frechet": "Fréchet distance (offline, not FVD)", "right": "right frames", "speed": "speed over the real one",
+          "psnr": "PSNR, best of the samples, dB", "spread": "spread of end positions over the real one"}  # fmt: skip
+
+
+class Rows:
+    """NAME.json: cells that are scored once, as long as neither the trained weights nor the plan change."""
+
+    def __init__(self, plan, name):
+        self.plan, self.file, self.rows = plan, out_folder(plan) / f"{name}.json", []
+        self.size = {"clips": plan.clips, "samples": plan.samples}
+        if self.file.exists():
+            self.rows = json.loads(self.file.read_text())["rows"]
+
+    def add(self, run, key: dict, work) -> dict:
+        """The row of `key` and the run's weights: the one that is there, or what work() gives."""
+        weights = hashlib.sha256((Path(run.ckpt) / "latest.pt").read_bytes()).hexdigest()[:16]
+        key = json.loads(json.dumps(key | {"weights": weights} | self.size))
+        if found := [row for row in self.rows if key.items() <= row.items()]:
+            return found[0]
+        said = ("arm", "seed", "clip", "steps", "cfg_temporal", "cfg_canvas", "order")
+        print(f"{self.file.stem}: " + ", ".join(f"{k} {key[k]}" for k in said if k in key), file=sys.stderr)
+        same = {k: v for k, v in key.items() if k != "weights"}
+        self.rows = [row for row in self.rows if not same.items() <= row.items()] + [key | work() | {"commit": _commit()}]
+        write_json({"command": f"python evidence.py {self.file.stem}", "torch": torch.__version__, "machine": _machine(), "plan": asdict(self.plan), "rows": self.rows}, self.file)
+        return self.rows[-1]
+
+    def sample(self, run, arm, seed, **changes) -> dict:
+        """The scores and the cost of one arm sampled in one way."""
+        opts = replace(run.cfg.sample, **changes)
+        way = {k: v for k, v in asdict(opts).items() if k != "clips"}
+        return self.add(run, {"arm": arm, "seed": seed} | way, lambda: {"flops": cost(run, opts)} | score(self.plan, run, opts))
+
+
+def cost(run, opts) -> float:
+    """Counted FLOPs of one frame more of one clip, all branches of the guidance included."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return float(sum(flops.frame_flops(CanvasMAR(run.cfg), opts).values()))
+
+
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+
+
+def _machine() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+# ---------------------------------------------------------------------------------------- the parts, each one JSON file
+
+
+def scales(w_t, w_s) -> dict:
+    return {"cfg_temporal": w_t, "cfg_canvas": w_s}
+
+
+def guidance(plan) -> list[dict]:
+    """All pairs of scales for the canvas, one scale for the others: the first seed, S as configured, on the clips that choose."""
+    rows, chosen = Rows(plan, "guidance"), []
+    for arm in MAIN:
+        run = open_run(plan, arm, plan.seeds[0], tune=True)
+        pairs = [(w_t, w_s) for w_t in plan.scales for w_s in plan.scales if arm == "canvas" or w_s == w_t]
+        chosen += [rows.sample(run, arm, plan.seeds[0], **scales(*pair)) for pair in pairs]
+    return chosen
+
+
+def best_scales(plan) -> dict:
+    """{arm: (w_t, w_s)} of the lowest Fréchet distance, which sees motion as well as pictures."""
+    rows = guidance(plan)
+    best = {arm: min((r for r in rows if r["arm"] == arm), key=lambda r: r["frechet"]) for arm in MAIN}
+    return {arm: (row["cfg_temporal"], row["cfg_canvas"]) for arm, row in best.items()}
+
+
+def steps(plan):
+    """Quality against spatial steps and against cost, without guidance and at each arm's own best scales."""
+    rows, best = Rows(plan, "steps"), best_scales(plan)
+    for seed in plan.seeds:
+        for arm in MAIN:
+            run = open_run(plan, arm, seed)
+            for pair in dict.fromkeys([(1.0, 1.0), best[arm]]):
+                for s in plan.steps:
+                    rows.sample(run, arm, seed, steps=s, **scales(*pair))
+
+
+def length(plan):
+    """Quality against frame index over four times the trained length, for several levels of noise on the canvas."""
+    rows, pair, frames = Rows(plan, "length"), best_scales(plan)["canvas"], 4 * config.load(plan.config).data.frames
+    for seed in plan.seeds:
+        for arm in NOISE:
+            rows.sample(open_run(plan, arm, seed, frames=frames), arm, seed, **scales(*pair))
+
+
+def order(plan):
+    """Random against motion-aware order, each with the schedule that suits it."""
+    rows, pair = Rows(plan, "order"), best_scales(plan)["canvas"]
+    for seed in plan.seeds:
+        run = open_run(plan, "canvas", seed)
+        for way in ("random", "motion"):
+            for s in plan.steps[:4]:
+                rows.sample(run, "canvas", seed, order=way, steps=s, **scales(*pair))
+
+
+def losses(plan):
+    """Held-out losses, nothing dropped: against the training step (of each run's own previews), and at the end by mask ratio, all
+    on the same clips."""
+    rows = Rows(plan, "losses")
+    for seed in plan.seeds:
+        for arm in MAIN:
+            run = open_run(plan, arm, seed)
+            curve = [m for m in storage.read_metrics(run_folder(plan, arm, seed)) if m["stage"] == "model" and "diffusion@1.0" in m]
+            rows.add(run, {"arm": arm, "seed": seed}, lambda: {"curve": curve, "end": held_out_losses(run, torch.stack([run.test.clip(i) for i in run.indices]))})
+
+
+def levers(plan):
+    """One change at a time, at few steps and many, without guidance and at the best scales of the arm with a canvas or of the one without."""
+    rows, best = Rows(plan, "levers"), best_scales(plan)
+    for seed in plan.lever_seeds:
+        for arm in lever_arms(plan):
+            run = open_run(plan, arm, seed)
+            for pair in dict.fromkeys([(1.0, 1.0), best[MAIN[0 if run.cfg.model.canvas else -1]]]):
+                for s in (1, 4):
+                    rows.sample(run, arm, seed, steps=s, **scales(*pair))
+
+
+def strip(plan, clips=3, ahead=6):
+    """The same future of a few clips, refined with 1, 2, 4 and 8 steps by each arm: one late frame each."""
+    rows, best, pictures = Rows(plan, "strip"), best_scales(plan), []
+    runs = {arm: open_run(plan, arm, plan.seeds[0]) for arm in MAIN}
+    for number in range(clips):
+        for arm, run in runs.items():
+            index, opts = run.indices[number * len(run.indices) // clips], run.cfg.sample
+            real, t = run.test.clip(index)[None], min(opts.context + ahead, opts.frames) - 1
+            row = [to_uint8(real)[0, opts.context - 1], to_uint8(real)[0, t]]
+            ways = [replace(opts, steps=s, **scales(*best[arm])) for s in plan.steps[:4]]
+            pictures.append(row + [to_uint8(run.samples(0, way)(real, [index]))[0, t] for way in ways])
+            rows.add(run, {"arm": arm, "clip": index}, lambda: {"frame": t + 1, "ways": [asdict(way) for way in ways]})
+    titles = [f"frame {opts.context}", f"frame {t + 1}", *(f"S = {s}" for s in plan.steps[:4])]
+    sample.figure(pictures, titles, [arm.replace(", ", "\n") for arm in MAIN] * clips, out_folder(plan) / "strip.png")
+
+
+# ------------------------------------------------------------------------------------------------- pictures and tables
+
+
+def over_seeds(rows, *keys) -> dict:
+    """{values of the keys: {score: array of its values over the training seeds}}."""
+    found = {}
+    for row in rows:
+        cell = found.setdefault(tuple(row[k] for k in keys), {name: [] for name in ("flops", "floor", "right_by_frame", *TITLES)})
+        for name, values in cell.items():
+            values.append(row[name])
+    return {key: {name: np.array(values) for name, values in cell.items()} for key, cell in found.items()}
+
+
+def deviation(values):
+    """Standard deviation over seeds."""
+    return values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
+
+
+def panels(count, columns=4):
+    from matplotlib.figure import Figure
+
+    down = -(-count // columns)
+    fig = Figure(figsize=(4 * min(count, columns), 3.3 * down), layout="constrained")
+    axes = np.atleast_1d(fig.subplots(down, min(count, columns))).ravel()
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    return fig, axes
+
+
+def against(ax, cells, name, x=None):
+    """A line for each key but its last part, which is the horizontal axis, or else the score x is. Bars: deviation over seeds."""
+    arms = list(dict.fromkeys(key[0] for key in cells))
+    for line in dict.fromkeys(key[:-1] for key in cells):
+        points = sorted((values[x].mean() if x else key[-1], values[name].mean(), deviation(values[name])) for key, values in cells.items() if key[:-1] == line)
+        style = {"color": f"C{arms.index(line[0])}", "linestyle": ":" if line[1:] == ("(1, 1)",) else "-"}
+        ax.errorbar(*zip(*points), label=" ".join(map(str, line)), marker="o", markersize=3, linewidth=1, capsize=2, **style)
+    ax.set_xscale("log"), ax.set_title(TITLES[name], fontsize=9), ax.set_xlabel("FLOPs a frame" if x else "spatial steps S")
+    if name == "frechet":
+        ax.set_yscale("log"), ax.axhline(np.mean([values["floor"].mean() for values in cells.values()]), color="grey", linestyle=":", linewidth=1)
+        ax.yaxis.set_major_formatter("{x:.3g}"), ax.yaxis.set_minor_formatter("{x:.3g}"), ax.tick_params(axis="y", which="both", labelsize=7)
+    if not x:
+        at = sorted({key[-1] for key in cells})
+        ax.set_xticks([], minor=True), ax.set_xticks(at, map(str, at))
+
+
+def labelled(rows):
+    """The rows with their guidance in words."""
+    return [row | {"scales": f"({row['cfg_temporal']:g}, {row['cfg_canvas']:g})"} for row in rows]
+
+
+def draw_guidance(rows, path):
+    grid, names = [r for r in rows if r["arm"] == "canvas"], ("frechet", "right", "speed")
+    w_t, w_s = (sorted({r[key] for r in grid}) for key in ("cfg_temporal", "cfg_canvas"))
+    fig, axes = panels(4)
+    for ax, name in zip(axes, names):
+        values = np.array([[next(r[name] for r in grid if (r["cfg_temporal"], r["cfg_canvas"]) == (t, s)) for s in w_s] for t in w_t])
+        ax.imshow(-np.log(values) if name == "frechet" else values, origin="lower")  # brighter is better
+        for (i, j), value in np.ndenumerate(values):
+            ax.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=7, bbox={"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1})
+        ax.set_xticks(range(len(w_s)), w_s), ax.set_yticks(range(len(w_t)), w_t), ax.grid(False)
+        ax.set_xlabel("w_s, canvas"), ax.set_ylabel("w_t, temporal"), ax.set_title(f"canvas: {TITLES[name]}", fontsize=9)
+    for arm in MAIN:
+        line = [(r["cfg_temporal"], r["frechet"]) for r in rows if r["arm"] == arm and r["cfg_temporal"] == r["cfg_canvas"]]
+        axes[3].plot(*zip(*sorted(line)), marker="o", markersize=3, linewidth=1, label=arm)
+    axes[3].set_xlabel("w_t = w_s"), axes[3].set_title(TITLES["frechet"], fontsize=9), axes[3].legend(fontsize=7)
+    fig.savefig(path, dpi=110)
+
+
+def draw_steps(rows, path):
+    cells, names = over_seeds(labelled(rows), "arm", "scales", "steps"), ("frechet", "right", "speed", "psnr")
+    fig, axes = panels(2 * len(names))
+    for upper, lower, name in zip(axes, axes[len(names) :], names):
+        against(upper, cells, name), against(lower, cells, name, "flops")
+    axes[0].legend(fontsize=6)
+    fig.savefig(path, dpi=110)
+
+
+def draw_length(rows, path):
+    fig, axes = panels(3)
+    for (arm,), cell in over_seeds(rows, "arm").items():
+        right = cell["right_by_frame"]
+        axes[0].errorbar(rows[0]["context"] + 1 + np.arange(right.shape[1]), right.mean(0), deviation(right), label=arm, linewidth=1, capsize=2)
+        for ax, name in zip(axes[1:], ("frechet", "speed")):
+            ax.bar(arm, cell[name].mean(), yerr=deviation(cell[name]), capsize=3), ax.set_title(TITLES[name], fontsize=9)
+    axes[0].set_xlabel("frame"), axes[0].set_title(TITLES["right"], fontsize=9), axes[0].legend(fontsize=7)
+    fig.savefig(path, dpi=110)
+
+
+def draw_order(rows, path):
+    cells, names = over_seeds(rows, "order", "steps"), ("frechet", "right", "speed", "spread")
+    fig, axes = panels(len(names))
+    for ax, name in zip(axes, names):
+        against(ax, cells, name)
+    axes[0].legend(fontsize=7)
+    fig.savefig(path, dpi=110)
+
+
+def draw_losses(rows, path):
+    fig, axes = panels(4)
+    of = {(r["arm"], r["seed"]): r for r in rows}
+    seeds, last = dict.fromkeys(seed for _, seed in of), rows[0]["end"]
+    ratios = [name for name in last if name.startswith("diffusion@")]
+    for arm in dict.fromkeys(arm for arm, _ in of):
+        curves, ends = ([of[which, seed][part] for seed in seeds] for which, part in ((arm, "curve"), (arm, "end")))
+        base = {part: [of["uniform", seed][part] for seed in seeds] for part in ("curve", "end")}
+        for ax, name in zip(axes, (ratios[-1], ratios[0])):
+            values = np.array([[m[name] / n[name] for m, n in zip(*pair)] for pair in zip(curves, base["curve"])])
+            ax.errorbar([m["step"] for m in curves[0]], values.mean(0), deviation(values), label=arm, marker="o", markersize=3, linewidth=1, capsize=2)
+            ax.set_xlabel("training step"), ax.set_title(f"{name}, over that of the uniform mask", fontsize=9)
+        for ax, relative in ((axes[2], False), (axes[3], True)):
+            values = np.array([[end[name] / (b[name] if relative else 1) for name in ratios] for end, b in zip(ends, base["end"])])
+            ax.errorbar([float(name.split("@")[1]) for name in ratios], values.mean(0), deviation(values), label=arm, marker="o", markersize=3, linewidth=1, capsize=2)
+            ax.set_xlabel("mask ratio"), ax.set_title("diffusion loss at the end" + ", over that of the uniform mask" * relative, fontsize=9)
+    axes[0].legend(fontsize=7)
+    fig.savefig(path, dpi=110)
+
+
+def draw_levers(rows, path):
+    cells = over_seeds(labelled(rows), "arm", "scales", "steps")
+    ways, names = list(dict.fromkeys(key[1:] for key in cells)), ("frechet", "right", "speed")
+    fig, axes = panels(len(names), len(names))
+    for ax, name in zip(axes, names):
+        for way in ways:
+            mine = [(key[0], cell[name].mean(), deviation(cell[name])) for key, cell in cells.items() if key[1:] == way]
+            names_of, values, bars = zip(*mine)
+            ax.errorbar(values, range(len(mine)), xerr=bars, label=f"{way[0]}, S = {way[1]}", marker="o", linestyle="", markersize=4, capsize=2)
+            ax.set_yticks(range(len(mine)), names_of if ax is axes[0] else [""] * len(mine), fontsize=7)
+        ax.set_title(TITLES[name], fontsize=9), ax.invert_yaxis()
+    axes[0].legend(fontsize=6)
+    fig.savefig(path, dpi=110)
+
+
+def table(rows) -> str:
+    """Markdown, a line a cell: mean and standard deviation over the training seeds."""
+    head = "| arm | w_t, w_s | S | MFLOP a frame | " + " | ".join(TITLES.values()) + " |\n|" + "---|" * (4 + len(TITLES)) + "\n"
+    lines = []
+    for (arm, pair, s), cell in over_seeds(labelled(rows), "arm", "scales", "steps").items():
+        scores = " | ".join(f"{cell[k].mean():.3g}" + (f" ± {deviation(cell[k]):.2g}" if len(cell[k]) > 1 else "") for k in TITLES)
+        lines.append(f"| {arm} | {pair} | {s} | {cell['flops'].mean() / 1e6:.1f} | {scores} |\n")
+    return head + "".join(lines)
+
+
+DRAWN = {"guidance": draw_guidance, "steps": draw_steps, "length": draw_length, "order": draw_order, "losses": draw_losses, "levers": draw_levers}
+PARTS = {"train": train, "guidance": guidance, "steps": steps, "length": length, "order": order, "losses": losses, "strip": strip, "levers": levers}
+
+
+def draw(plan, name):
+    rows, out = Rows(plan, name).rows, out_folder(plan)
+    if name in DRAWN and rows:
+        DRAWN[name](rows, out / f"{name}.png")
+    if name in ("steps", "levers"):
+        (out / f"{name}.md").write_text(table(rows))
+
+
+def main():
+    """The command line. Raises UserError."""
+    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("--small", action="store_true", help="fewer seeds, training steps, clips and scales")
+    parser.add_argument("--config", default=Plan.config, help="what the arm with a canvas is")
+    parser.add_argument("--name", help="of the folders in runs/ and results/")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
+    args = parser.parse_args()
+    if unknown := [part for part in args.parts if part not in PARTS]:
+        raise UserError(f"there is no part {unknown[0]}; the parts are {', '.join(PARTS)}")
+    if args.jobs < 1:
+        raise UserError(f"--jobs={args.jobs} must be at least 1")
+    plan = SMALL if args.small else Plan()
+    plan = replace(plan, config=args.config, name=args.name or plan.name, jobs=args.jobs)
+    for name in args.parts or PARTS:
+        PARTS[name](plan)
+        draw(plan, name)
+    print(f"the results are in {out_folder(plan)}")
+
+
+if __name__ == "__main__":
+    config.cli(main)

@@ -1,0 +1,148 @@
+"""The arms, what they share, what is scored once, and that every figure comes from its JSON file."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny
+
+import config
+import evidence
+import flops
+import tokenizer as vae
+from canvas import CanvasMAR
+from config import UserError
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """A tiny plan of two arms and two seeds, trained two at a time."""
+    folder = tmp_path_factory.mktemp("evidence")
+    config.save(tiny(), folder / "tiny.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(evidence, "MAIN", ("canvas", "uniform"))
+        patch.setattr(evidence, "NOISE", ("canvas",))
+        plan = evidence.Plan("tiny.yaml", "t", (0, 1), (0,), ("gradient stopped", "harder data"), 4, 6, 2, (1, 2), (1.0, 1.5), 2)
+        evidence.train(plan)
+        yield plan
+
+
+def parts(plan):
+    for name in evidence.PARTS:
+        if name != "train":
+            evidence.PARTS[name](plan), evidence.draw(plan, name)
+
+
+def test_arms_differ_in_what_their_names_say_and_the_deeper_one_has_as_many_parameters():
+    base = config.load(ROOT / "config.yaml")
+    flat = config.flat(base)
+    count = {}
+    for name, changes in evidence.arms(base).items():
+        cfg = config.load(ROOT / "config.yaml", [f"{k}={str(v).lower()}" for k, v in changes.items()])
+        assert {k for k, v in config.flat(cfg).items() if v != flat[k]} <= set(changes)
+        with torch.device("meta"):
+            count[name] = sum(p.numel() for p in CanvasMAR(cfg).parameters())
+    assert evidence.arms(base)["canvas"] == {} and set(evidence.MAIN + evidence.NOISE) <= count.keys()
+    for control in ("uniform, deeper", "uniform, temporal deeper"):
+        assert abs(count[control] / count["canvas"] - 1) < 0.01 and count["uniform"] < 0.9 * count["canvas"]
+    assert abs(count["depth moved"] / count["canvas"] - 1) < 0.15
+
+
+def test_arms_share_the_tokenizer_and_training_them_again_does_nothing(plan, monkeypatch):
+    folders = [evidence.run_folder(plan, arm, seed) for arm in evidence.MAIN for seed in plan.seeds]
+    own, harder = ({vae.load(folder / "tokenizer.pt").fingerprint() for folder in of} for of in (folders, [evidence.run_folder(plan, "harder data", 0)]))
+    assert len(own) == 1 and own != harder  # other data
+    assert {config.load(folder / "config.yaml").seed for folder in folders} == {0, 1}
+    monkeypatch.setattr(evidence.subprocess, "run", lambda *_, **__: pytest.fail("trains again"))
+    evidence.train(plan)
+    config.save(tiny("model.mar_depth=2"), "tiny.yaml")
+    with pytest.raises(UserError, match="model.mar_depth"):
+        evidence.train(plan)
+    with pytest.raises(UserError, match="model.mar_depth"):
+        evidence.open_run(plan, "canvas", 0)
+    config.save(tiny(), "tiny.yaml")
+
+
+def test_scales_are_chosen_on_clips_that_do_not_score(plan):
+    tuned, scored = (evidence.open_run(plan, "canvas", 0, tune=tune) for tune in (True, False))
+    assert len(tuned.indices) == len(scored.indices) == plan.clips and not set(tuned.indices) & set(scored.indices)
+    assert not set(tuned.others) & set(scored.others)
+    other = evidence.open_run(plan, "uniform", 1)
+    assert other.indices == scored.indices
+    for i in scored.indices:
+        assert torch.equal(other.test.clip(i), scored.test.clip(i))
+
+
+def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(plan, monkeypatch):
+    parts(plan)
+    out = Path("results/t")
+    pictures = {file.stem for file in out.glob("*.png")}
+    assert pictures == {file.stem for file in out.glob("*.json")} == set(evidence.PARTS) - {"train"}
+    stored = {name: json.loads((out / f"{name}.json").read_text()) for name in pictures}
+    for name, content in stored.items():
+        assert content["command"] == f"python evidence.py {name}" and content["plan"]["clips"] == 6 and content["machine"]
+        assert all(row["weights"] and "commit" in row for row in content["rows"])
+    for of in ("score", "cost", "held_out_losses"):
+        monkeypatch.setattr(evidence, of, lambda *_: pytest.fail("scores again"))
+    parts(plan)
+    assert {name: json.loads((out / f"{name}.json").read_text()) for name in pictures} == stored
+
+    steps = stored["steps"]["rows"]
+    best = {arm: min((r for r in stored["guidance"]["rows"] if r["arm"] == arm), key=lambda r: r["frechet"]) for arm in evidence.MAIN}
+    for arm in evidence.MAIN:
+        pairs = {(r["cfg_temporal"], r["cfg_canvas"]) for r in steps if r["arm"] == arm}
+        assert pairs == {(1, 1), (best[arm]["cfg_temporal"], best[arm]["cfg_canvas"])}
+        assert {(r["seed"], r["steps"]) for r in steps if r["arm"] == arm} == {(seed, s) for seed in (0, 1) for s in (1, 2)}
+    cell = [r["psnr"] for r in steps if r["arm"] == "uniform" and r["steps"] == 2 and r["cfg_temporal"] == 1]
+    line = next(line for line in (out / "steps.md").read_text().splitlines() if line.startswith("| uniform | (1, 1) | 2 |"))
+    assert f"{np.mean(cell):.3g} ± {np.std(cell, ddof=1):.2g}" in line
+    assert {r["frames"] for r in stored["length"]["rows"]} == {4 * 3} and all(len(r["right_by_frame"]) == 10 for r in stored["length"]["rows"])
+    assert len(stored["losses"]["rows"]) == 4 and all(r["curve"] and "diffusion@1.0" in r["end"] for r in stored["losses"]["rows"])
+
+
+def test_other_weights_and_another_plan_are_scored_anew(plan, monkeypatch):
+    calls = []
+    monkeypatch.setattr(evidence, "cost", lambda *_: 1.0)
+    monkeypatch.setattr(evidence, "score", lambda *_: calls.append(1) or {})
+    run = evidence.open_run(plan, "canvas", 0)
+    again = lambda plan, run: evidence.Rows(plan, "again").sample(run, "canvas", 0, steps=2)
+    again(plan, run), again(plan, run)
+    assert len(calls) == 1
+    again(replace(plan, clips=5), run)
+    assert len(calls) == 2
+    again(plan, run)
+    assert len(calls) == 2  # both are kept
+    monkeypatch.setattr(run, "ckpt", evidence.run_folder(plan, "canvas", 1))
+    again(plan, run)
+    assert len(calls) == 3 and len(evidence.Rows(plan, "again").rows) == 2  # what was of the weights before has gone
+
+
+def test_the_cost_counts_every_branch_of_the_guidance(plan):
+    run = evidence.open_run(plan, "canvas", 0)
+    cost = lambda **changes: evidence.cost(run, replace(run.cfg.sample, **changes))
+    one, two, three = (cost(cfg_temporal=t, cfg_canvas=s) for t, s in ((1.0, 1.0), (1.5, 1.5), (1.5, 2.0)))
+    assert 0 < two - one == three - two
+    assert cost(steps=4) > cost(steps=2) == flops.count(run.cfg)["sampling_flops_a_frame"] == one or run.cfg.sample.cfg_temporal != 1
+    assert cost(frames=4) == cost(frames=12)
+
+
+def test_bad_input_is_refused_in_a_sentence(plan, monkeypatch):
+    def refusal(*words):
+        monkeypatch.setattr(sys, "argv", ["evidence.py", *words])
+        with pytest.raises(UserError) as caught:
+            evidence.main()
+        return str(caught.value)
+
+    assert "there is no part stpes; the parts are train, guidance" in refusal("stpes")
+    assert "--jobs=0 must be at least 1" in refusal("--jobs", "0")
+    assert "evidence.py train" in refusal("steps", "--name", "nothing", "--config", "tiny.yaml")
+    assert "cannot read nowhere.yaml" in refusal("train", "--config", "nowhere.yaml")
+    monkeypatch.setattr(evidence, "MAIN", ("canvas",))
+    monkeypatch.setattr(evidence, "overrides", lambda plan, arm, seed: [f"run=runs/x/{arm}", "train.lr=0", "model.heads=3"])
+    said = refusal("train", "--name", "broken", "--config", "tiny.yaml")
+    assert "model.heads=3" in said or "ended with status 2" in said
