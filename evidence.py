@@ -4,7 +4,7 @@
     python evidence.py --jobs 2                  # all of it, two trainings at once; what is done already is not done again
     python evidence.py train steps               # parts of it
 
-Each part writes NAME.json and from it NAME.png (steps and levers also NAME.md) to results/evidence. Scored are as many test
+Each part writes NAME.json and from it NAME.png (levers NAME.md, steps both) to results/evidence. Scored are as many test
 clips as the plan says; scales are chosen on others, that lie between these.
 """
 
@@ -72,7 +72,7 @@ def arms(cfg) -> dict:
         "no noise": {"model.canvas_noise": 0.0},
         "noise x2": {"model.canvas_noise": 2 * m.canvas_noise},
         "uniform, temporal deeper": off | {"model.temporal_depth": m.temporal_depth + m.canvas_depth},  # the cost of the canvas, too
-        "canvas as features": {"model.canvas_as": "features"},
+        "canvas as a picture": {"model.canvas_as": "picture"},
         "canvas under known tokens": {"model.canvas_under": True},
         "gradient stopped": {"model.canvas_gradient": False},
         "change of the last frame": {"model.canvas_change": True},
@@ -192,7 +192,8 @@ class Rows:
 
     def add(self, run, key: dict, work) -> dict:
         """The row of `key` and the run's weights: the one that is there, or what work() gives."""
-        weights = hashlib.sha256((Path(run.ckpt) / "latest.pt").read_bytes()).hexdigest()[:16]
+        tensors = [*run.model.state_dict().values(), *run.tokenizer.state_dict().values()]
+        weights = hashlib.sha256(b"".join(t.float().cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16]
         key = json.loads(json.dumps(key | {"weights": weights} | self.size))
         if found := [row for row in self.rows if key.items() <= row.items()]:
             return found[0]
@@ -432,21 +433,6 @@ def draw_losses(rows, path):
     fig.savefig(path, dpi=110)
 
 
-def draw_levers(rows, path):
-    cells = over_seeds(labelled(rows), "arm", "scales", "steps")
-    ways, names = list(dict.fromkeys(key[1:] for key in cells)), ("frechet", "right", "speed")
-    fig, axes = panels(len(names), len(names))
-    for ax, name in zip(axes, names):
-        for way in ways:
-            mine = [(key[0], cell[name].mean(), deviation(cell[name])) for key, cell in cells.items() if key[1:] == way]
-            names_of, values, bars = zip(*mine)
-            ax.errorbar(values, range(len(mine)), xerr=bars, label=f"{way[0]}, S = {way[1]}", marker="o", linestyle="", markersize=4, capsize=2)
-            ax.set_yticks(range(len(mine)), names_of if ax is axes[0] else [""] * len(mine), fontsize=7)
-        ax.set_title(TITLES[name], fontsize=9), ax.invert_yaxis()
-    axes[0].legend(fontsize=6)
-    fig.savefig(path, dpi=110)
-
-
 def table(rows) -> str:
     """Markdown, a line a cell: mean and standard deviation over the training seeds."""
     head = "| arm | w_t, w_s | S | MFLOP a frame | " + " | ".join(TITLES.values()) + " |\n|" + "---|" * (4 + len(TITLES)) + "\n"
@@ -457,7 +443,7 @@ def table(rows) -> str:
     return head + "".join(lines)
 
 
-DRAWN = {"guidance": draw_guidance, "steps": draw_steps, "length": draw_length, "order": draw_order, "losses": draw_losses, "levers": draw_levers}
+DRAWN = {"guidance": draw_guidance, "steps": draw_steps, "length": draw_length, "order": draw_order, "losses": draw_losses}
 PARTS = {"train": train, "guidance": guidance, "steps": steps, "length": length, "order": order, "losses": losses, "strip": strip, "levers": levers}
 
 

@@ -93,7 +93,8 @@ def report(s):
               f"real {right['real']:.1%}, reconstruction {right['reconstruction']:.1%})")  # fmt: skip
         print(f"gripper's speed over the real one: {np.mean(own(speed)):.3f} ({each(speed, '%.3f')}; reconstruction {speed['reconstruction']:.3f})")
     if "ends_apart" in s:
-        print(f"end positions of two samples: {s['ends_apart']:.3f} table widths apart")
+        real = f" (two futures that the simulator plays: {s['ends_apart_real']:.3f})" if "ends_apart_real" in s else ""
+        print(f"end positions of two samples: {s['ends_apart']:.3f} table widths apart{real}")
     losses = s["losses"]
     if "canvas" in losses:
         print(f"canvas over copying the last frame, latent MSE: {losses['canvas'] / losses['copy']:.3f}")

@@ -113,6 +113,18 @@ def test_a_longer_rollout_begins_with_the_shorter_one_past_the_window():
     assert torch.equal(run(model, x, [0], frames=12)[:, :3], run(model, x, [0], frames=5))
 
 
+@pytest.mark.parametrize("keys", [(), ("model.canvas_as=picture",), ("model.canvas_change=true",), ("model.canvas_as=picture", "model.canvas_change=true")])
+def test_the_masked_transformer_is_told_the_same_in_training_and_in_sampling(keys):
+    model, told = tiny_model(*keys), []
+    f = torch.randn(2, 3, model.tokens, model.channels, generator=torch.Generator().manual_seed(1))
+    model.mar.register_forward_pre_hook(lambda _, given: told.append(given[2:4]))
+    run(model, f[:, :2], [0, 1], frames=3, cfg_temporal=1.0, cfg_canvas=1.0)
+    with torch.no_grad():
+        z_t, z_s, _, _ = model.conditions(f, model.draw([clip_generator(0, i) for i in range(2)], 3).undropped())
+    for sampled, trained in zip(told[0], (z_t, z_s)):
+        torch.testing.assert_close(sampled, trained[:, 2], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("canvas", ["true", "false"])
 def test_temporal_and_canvas_run_once_a_frame_whatever_steps_and_guidance(canvas):
     model, calls = tiny_model(f"model.canvas={canvas}"), {"temporal": 0, "canvas": 0, "mar": 0}
