@@ -51,11 +51,12 @@ class Plan:
     clips: int = 128  # scored
     samples: int = 2  # of each clip, two at least
     steps: tuple = (1, 2, 4, 8, 16)
-    scales: tuple = (1.0, 1.1, 1.25, 1.5, 2.0)
+    scales: tuple = (1.0, 1.1, 1.25, 1.5, 2.0)  # w_t, and w of the arms without a canvas
+    canvas_scales: tuple = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0)  # w_s
     jobs: int = 1  # trainings at once
 
 
-SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=700, clips=48, scales=(1.0, 1.25, 1.5))
+SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=700, clips=48, scales=(1.0, 1.25, 1.5), canvas_scales=(1.0, 1.25, 1.5, 2.0))
 MAIN = ("canvas", "uniform", "uniform, deeper")
 NOISE = ("canvas", "no noise", "noise x2")
 
@@ -182,13 +183,18 @@ TITLES = {"frechet": "Fréchet distance (offline, not FVD)", "right": "right fra
 
 
 class Rows:
-    """NAME.json: cells that are scored once, as long as neither the trained weights nor the plan change."""
+    """NAME.json: cells that are scored once, as long as neither the trained weights nor the plan change. When a part has asked
+    for all it needs, what it did not ask for is of an earlier plan and goes."""
 
     def __init__(self, plan, name):
-        self.plan, self.file, self.rows = plan, out_folder(plan) / f"{name}.json", []
+        self.plan, self.file, self.rows, self.asked = plan, out_folder(plan) / f"{name}.json", [], []
         self.size = {"clips": plan.clips, "samples": plan.samples}
         if self.file.exists():
             self.rows = json.loads(self.file.read_text())["rows"]
+
+    def write(self, rows):
+        about = {"command": f"python evidence.py {self.file.stem}", "torch": torch.__version__, "machine": _machine(), "plan": asdict(self.plan)}
+        write_json(about | {"rows": rows}, self.file)
 
     def add(self, run, key: dict, work) -> dict:
         """The row of `key` and the run's weights: the one that is there, or what work() gives."""
@@ -196,12 +202,13 @@ class Rows:
         weights = hashlib.sha256(b"".join(t.float().cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16]
         key = json.loads(json.dumps(key | {"weights": weights} | self.size))
         if found := [row for row in self.rows if key.items() <= row.items()]:
+            self.asked.append(found[0])
             return found[0]
         said = ("arm", "seed", "clip", "steps", "cfg_temporal", "cfg_canvas", "order")
         print(f"{self.file.stem}: " + ", ".join(f"{k} {key[k]}" for k in said if k in key), file=sys.stderr)
-        same = {k: v for k, v in key.items() if k != "weights"}
-        self.rows = [row for row in self.rows if not same.items() <= row.items()] + [key | work() | {"commit": _commit()}]
-        write_json({"command": f"python evidence.py {self.file.stem}", "torch": torch.__version__, "machine": _machine(), "plan": asdict(self.plan), "rows": self.rows}, self.file)
+        self.rows.append(key | work() | {"commit": _commit()})
+        self.asked.append(self.rows[-1])
+        self.write(self.rows)
         return self.rows[-1]
 
     def sample(self, run, arm, seed, **changes) -> dict:
@@ -232,26 +239,31 @@ def scales(w_t, w_s) -> dict:
     return {"cfg_temporal": w_t, "cfg_canvas": w_s}
 
 
-def guidance(plan) -> list[dict]:
+def guidance(plan, rows) -> list[dict]:
     """All pairs of scales for the canvas, one scale for the others: the first seed, S as configured, on the clips that choose."""
-    rows, chosen = Rows(plan, "guidance"), []
     for arm in MAIN:
         run = open_run(plan, arm, plan.seeds[0], tune=True)
-        pairs = [(w_t, w_s) for w_t in plan.scales for w_s in plan.scales if arm == "canvas" or w_s == w_t]
-        chosen += [rows.sample(run, arm, plan.seeds[0], **scales(*pair)) for pair in pairs]
-    return chosen
+        for pair in [(w_t, w_s) for w_t in plan.scales for w_s in (plan.canvas_scales if arm == "canvas" else [w_t])]:
+            rows.sample(run, arm, plan.seeds[0], **scales(*pair))
+    return rows.asked
 
 
 def best_scales(plan) -> dict:
-    """{arm: (w_t, w_s)} of the lowest Fréchet distance, which sees motion as well as pictures."""
-    rows = guidance(plan)
-    best = {arm: min((r for r in rows if r["arm"] == arm), key=lambda r: r["frechet"]) for arm in MAIN}
+    """{arm: (w_t, w_s)} of the highest `merit`."""
+    rows = guidance(plan, Rows(plan, "guidance"))
+    best = {arm: max((r for r in rows if r["arm"] == arm), key=merit) for arm in MAIN}
     return {arm: (row["cfg_temporal"], row["cfg_canvas"]) for arm, row in best.items()}
 
 
-def steps(plan):
+def merit(row) -> float:
+    """What scales are chosen by: right frames, times the speed or what is missing to it. Strong guidance makes frames right and slow, and
+    stronger guidance makes them wrong and lively, which the Fréchet distance takes for better."""
+    return row["right"] * min(row["speed"], 1 / max(row["speed"], 1e-6))
+
+
+def steps(plan, rows):
     """Quality against spatial steps and against cost, without guidance and at each arm's own best scales."""
-    rows, best = Rows(plan, "steps"), best_scales(plan)
+    best = best_scales(plan)
     for seed in plan.seeds:
         for arm in MAIN:
             run = open_run(plan, arm, seed)
@@ -260,17 +272,17 @@ def steps(plan):
                     rows.sample(run, arm, seed, steps=s, **scales(*pair))
 
 
-def length(plan):
+def length(plan, rows):
     """Quality against frame index over four times the trained length, for several levels of noise on the canvas."""
-    rows, pair, frames = Rows(plan, "length"), best_scales(plan)["canvas"], 4 * config.load(plan.config).data.frames
+    pair, frames = best_scales(plan)["canvas"], 4 * config.load(plan.config).data.frames
     for seed in plan.seeds:
         for arm in NOISE:
             rows.sample(open_run(plan, arm, seed, frames=frames), arm, seed, **scales(*pair))
 
 
-def order(plan):
+def order(plan, rows):
     """Random against motion-aware order, each with the schedule that suits it."""
-    rows, pair = Rows(plan, "order"), best_scales(plan)["canvas"]
+    pair = best_scales(plan)["canvas"]
     for seed in plan.seeds:
         run = open_run(plan, "canvas", seed)
         for way in ("random", "motion"):
@@ -278,10 +290,9 @@ def order(plan):
                 rows.sample(run, "canvas", seed, order=way, steps=s, **scales(*pair))
 
 
-def losses(plan):
+def losses(plan, rows):
     """Held-out losses, nothing dropped: against the training step (of each run's own previews), and at the end by mask ratio, all
     on the same clips."""
-    rows = Rows(plan, "losses")
     for seed in plan.seeds:
         for arm in MAIN:
             run = open_run(plan, arm, seed)
@@ -289,9 +300,9 @@ def losses(plan):
             rows.add(run, {"arm": arm, "seed": seed}, lambda: {"curve": curve, "end": held_out_losses(run, torch.stack([run.test.clip(i) for i in run.indices]))})
 
 
-def levers(plan):
+def levers(plan, rows):
     """One change at a time, at few steps and many, without guidance and at the best scales of the arm with a canvas or of the one without."""
-    rows, best = Rows(plan, "levers"), best_scales(plan)
+    best = best_scales(plan)
     for seed in plan.lever_seeds:
         for arm in lever_arms(plan):
             run = open_run(plan, arm, seed)
@@ -300,9 +311,9 @@ def levers(plan):
                     rows.sample(run, arm, seed, steps=s, **scales(*pair))
 
 
-def strip(plan, clips=3, ahead=6):
+def strip(plan, rows, clips=3, ahead=6):
     """The same future of a few clips, refined with 1, 2, 4 and 8 steps by each arm: one late frame each."""
-    rows, best, pictures = Rows(plan, "strip"), best_scales(plan), []
+    best, pictures = best_scales(plan), []
     runs = {arm: open_run(plan, arm, plan.seeds[0]) for arm in MAIN}
     for number in range(clips):
         for arm, run in runs.items():
@@ -444,35 +455,40 @@ def table(rows) -> str:
 
 
 DRAWN = {"guidance": draw_guidance, "steps": draw_steps, "length": draw_length, "order": draw_order, "losses": draw_losses}
-PARTS = {"train": train, "guidance": guidance, "steps": steps, "length": length, "order": order, "losses": losses, "strip": strip, "levers": levers}
+PARTS = {"guidance": guidance, "steps": steps, "length": length, "order": order, "losses": losses, "strip": strip, "levers": levers}
 
 
-def draw(plan, name):
-    rows, out = Rows(plan, name).rows, out_folder(plan)
-    if name in DRAWN and rows:
-        DRAWN[name](rows, out / f"{name}.png")
+def do(plan, name):
+    """One part: train, or what is scored, its JSON file, its figure and its table."""
+    if name == "train":
+        return train(plan)
+    rows, out = Rows(plan, name), out_folder(plan)
+    PARTS[name](plan, rows)
+    rows.write(rows.asked)
+    if name in DRAWN:
+        DRAWN[name](rows.asked, out / f"{name}.png")
     if name in ("steps", "levers"):
-        (out / f"{name}.md").write_text(table(rows))
+        (out / f"{name}.md").write_text(table(rows.asked))
 
 
 def main():
     """The command line. Raises UserError."""
     parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", help=f"train, {', '.join(PARTS)} (default: all)")
     parser.add_argument("--small", action="store_true", help="fewer seeds, training steps, clips and scales")
     parser.add_argument("--config", default=Plan.config, help="what the arm with a canvas is")
     parser.add_argument("--name", help="of the folders in runs/ and results/")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
     args = parser.parse_args()
-    if unknown := [part for part in args.parts if part not in PARTS]:
-        raise UserError(f"there is no part {unknown[0]}; the parts are {', '.join(PARTS)}")
+    parts = ["train", *PARTS]
+    if unknown := [part for part in args.parts if part not in parts]:
+        raise UserError(f"there is no part {unknown[0]}; the parts are {', '.join(parts)}")
     if args.jobs < 1:
         raise UserError(f"--jobs={args.jobs} must be at least 1")
     plan = SMALL if args.small else Plan()
     plan = replace(plan, config=args.config, name=args.name or plan.name, jobs=args.jobs)
-    for name in args.parts or PARTS:
-        PARTS[name](plan)
-        draw(plan, name)
+    for name in args.parts or parts:
+        do(plan, name)
     print(f"the results are in {out_folder(plan)}")
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny
+from hypothesis import given
+from hypothesis import strategies as st
 
 import config
 import evidence
@@ -27,15 +29,15 @@ def plan(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(evidence, "MAIN", ("canvas", "uniform"))
         patch.setattr(evidence, "NOISE", ("canvas",))
-        plan = evidence.Plan("tiny.yaml", "t", (0, 1), (0,), ("gradient stopped", "harder data"), 4, 6, 2, (1, 2), (1.0, 1.5), 2)
-        evidence.train(plan)
+        levers = ("gradient stopped", "harder data")
+        plan = evidence.Plan("tiny.yaml", "t", (0, 1), (0,), levers, 4, 6, 2, (1, 2), (1.0, 1.5), (1.0, 1.5), 2)
+        evidence.do(plan, "train")
         yield plan
 
 
 def parts(plan):
     for name in evidence.PARTS:
-        if name != "train":
-            evidence.PARTS[name](plan), evidence.draw(plan, name)
+        evidence.do(plan, name)
 
 
 def test_arms_differ_in_what_their_names_say_and_the_deeper_one_has_as_many_parameters():
@@ -83,7 +85,7 @@ def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(pla
     out = Path("results/t")
     pictures = {file.stem for file in out.glob("*.png")}
     written = {file.stem for file in out.glob("*.json")}
-    assert pictures == written - {"levers"} and written == set(evidence.PARTS) - {"train"} and (out / "levers.md").exists()
+    assert pictures == written - {"levers"} and written == set(evidence.PARTS) and (out / "levers.md").exists()
     stored = {name: json.loads((out / f"{name}.json").read_text()) for name in written}
     for name, content in stored.items():
         assert content["command"] == f"python evidence.py {name}" and content["plan"]["clips"] == 6 and content["machine"]
@@ -94,7 +96,7 @@ def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(pla
     assert {name: json.loads((out / f"{name}.json").read_text()) for name in written} == stored
 
     steps = stored["steps"]["rows"]
-    best = {arm: min((r for r in stored["guidance"]["rows"] if r["arm"] == arm), key=lambda r: r["frechet"]) for arm in evidence.MAIN}
+    best = {arm: max((r for r in stored["guidance"]["rows"] if r["arm"] == arm), key=evidence.merit) for arm in evidence.MAIN}
     for arm in evidence.MAIN:
         pairs = {(r["cfg_temporal"], r["cfg_canvas"]) for r in steps if r["arm"] == arm}
         assert pairs == {(1, 1), (best[arm]["cfg_temporal"], best[arm]["cfg_canvas"])}
@@ -119,7 +121,23 @@ def test_other_weights_and_another_plan_are_scored_anew(plan, monkeypatch):
     again(plan, run)
     assert len(calls) == 2  # both are kept
     again(plan, evidence.open_run(plan, "canvas", 1))
-    assert len(calls) == 3 and len(evidence.Rows(plan, "again").rows) == 2  # what was of the weights before has gone
+    assert len(calls) == 3
+
+
+def test_a_part_keeps_only_what_it_asked_for(plan, monkeypatch):
+    monkeypatch.setitem(evidence.PARTS, "some", lambda plan, rows: [rows.add(run, {"arm": arm}, dict) for arm in wanted])
+    run, wanted = evidence.open_run(plan, "canvas", 0), ["a", "b"]
+    evidence.do(plan, "some")
+    wanted = ["b", "c"]
+    evidence.do(plan, "some")
+    assert [row["arm"] for row in json.loads(Path("results/t/some.json").read_text())["rows"]] == ["b", "c"]
+
+
+@given(st.floats(0, 1), st.floats(0.01, 3))
+def test_merit_falls_with_wrong_frames_and_with_a_speed_that_is_not_the_real_one(right, speed):
+    of = lambda right, speed: evidence.merit({"right": right, "speed": speed})
+    assert 0 <= of(right, speed) <= of(right, 1) == right and of(right, speed) == pytest.approx(of(right, 1 / speed))
+    assert of(right, 0.9) >= of(right, 0.8) and of(right, 1.1) >= of(right, 1.2)
 
 
 def test_the_cost_counts_every_branch_of_the_guidance(plan):
