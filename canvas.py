@@ -47,7 +47,8 @@ class CanvasMAR(nn.Module):
 
     def conditions(self, f, draws: "Draws"):
         """What the masked transformer is told: z_t and z_s (B, T, N, D), noisy and dropped as the draws say; L_canvas and its logs."""
-        p = torch.cat([self.start.expand(len(f), 1, -1, -1), f[:, :-1]], dim=1)  # (B, T, N, C) the frame before each
+        past = f[:, :-1] + draws.past if self.cfg.past_noise else f[:, :-1]
+        p = torch.cat([self.start.expand(len(f), 1, -1, -1), past], dim=1)  # (B, T, N, C) the frame before each
         z_t = self.temporal(p)  # (B, T, N, D)
         logs, canvas_loss = {}, f.new_zeros(())
         if self.canvas is None:
@@ -95,6 +96,7 @@ class CanvasMAR(nn.Module):
             noise=each(torch.randn, frames, n, m.width),
             drop_temporal=drop[:, 0] < m.drop_temporal,
             drop_canvas=drop[:, 1] < m.drop_canvas,
+            past=m.past_noise * each(torch.rand, frames - 1)[..., None, None] * each(torch.randn, frames - 1, n, self.channels),
         )
 
 
@@ -109,11 +111,12 @@ class Draws:
     noise: torch.Tensor  # (B, T, N, D) standard normal
     drop_temporal: torch.Tensor  # (B,) bool
     drop_canvas: torch.Tensor  # (B,) bool
+    past: torch.Tensor  # (B, T-1, N, C) noise on the frames that are looked back at, its level uniform in [0, past_noise) a frame
 
     def undropped(self) -> "Draws":
-        """The same draws with both conditions kept and no noise on the canvas: what sampling sees."""
+        """The same draws with both conditions kept and no noise: what sampling sees."""
         keep = torch.zeros_like(self.drop_temporal)
-        return replace(self, sigma=torch.zeros_like(self.sigma), drop_temporal=keep, drop_canvas=keep)
+        return replace(self, sigma=torch.zeros_like(self.sigma), drop_temporal=keep, drop_canvas=keep, past=torch.zeros_like(self.past))
 
 
 def perturb(z_s, sigma, noise):

@@ -139,6 +139,7 @@ class Model:
     window: int = within(1, 4096)
     canvas: bool
     canvas_noise: float = within(0)
+    past_noise: float = field(metadata={"low": 0, "high": math.inf, "before": 0.0})
     canvas_weight: float = within(0)
     canvas_gradient: bool = field(metadata={"before": True})
     canvas_change: bool = field(metadata={"before": False})

@@ -148,6 +148,21 @@ def test_dropped_conditions_do_not_reach_the_diffusion_loss():
     assert not torch.equal(model(f, draws.undropped())[1]["diffusion"], before)
 
 
+def test_noise_on_the_past_is_on_what_is_looked_back_at_only_and_never_in_sampling():
+    clean, noisy, seen = tiny_model("model.past_noise=0"), tiny_model("model.past_noise=0.5"), []
+    f, draws, others = clips(noisy), noisy.draw(generators(2), 5), clean.draw(generators(2), 5)
+    assert all(torch.equal(getattr(draws, name), getattr(others, name)) for name in vars(draws) if name != "past")
+    for part in (noisy.temporal, noisy.canvas, noisy.mar):
+        part.register_forward_pre_hook(lambda _, given: seen.append(given))
+    noisy(f, draws)
+    (past,), (_, before), (known, *_) = seen
+    assert torch.equal(past, before) and torch.equal(past[:, 1:], f[:, :-1] + draws.past) and torch.equal(known, f.flatten(0, 1))
+    assert torch.equal(past[:, :1], noisy.start.expand(2, 1, -1, -1))  # of the start there is no doubt
+    level = noisy.draw(generators(200), 5).past.std((2, 3))
+    assert 0.4 < level.max() < 0.65 and level.min() < 0.02 and abs(level.mean() - 0.25) < 0.03
+    assert torch.equal(noisy(f, draws.undropped())[0], clean(f, others.undropped())[0])
+
+
 def test_every_parameter_learns():
     model = tiny_model().train()
     draws = model.draw(generators(8), 5)

@@ -29,7 +29,7 @@ def plan(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(evidence, "MAIN", ("canvas", "uniform"))
         patch.setattr(evidence, "NOISE", ("canvas",))
-        levers = ("gradient stopped", "harder data")
+        levers = ("harder data",)
         plan = evidence.Plan("tiny.yaml", "t", (0, 1), (0,), levers, 4, 6, 2, (1, 2), (1.0, 1.5), (1.0, 1.5), 2)
         evidence.do(plan, "train")
         yield plan
