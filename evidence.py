@@ -51,8 +51,8 @@ class Plan:
     clips: int = 128  # scored
     samples: int = 2  # of each clip, two at least
     steps: tuple = (1, 2, 4, 8, 16)
-    scales: tuple = (1.0, 1.1, 1.25, 1.5, 2.0)  # w_t, and w of the arms without a canvas
-    canvas_scales: tuple = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0)  # w_s
+    scales: tuple = (1.0, 1.25, 1.5, 2.0)  # w_t, and w of the arms without a canvas
+    canvas_scales: tuple = (1.0, 1.25, 1.5, 2.0, 3.0)  # w_s
     jobs: int = 1  # trainings at once
 
 
@@ -65,7 +65,7 @@ def arms(cfg) -> dict:
     """{name: the keys in which it differs from the configuration}."""
     m, off = cfg.model, {"model.canvas": False}
     deeper = off | {"model.mar_depth": m.mar_depth + m.canvas_depth}  # as many parameters as with a canvas
-    longer, harder = {"train.steps": 2 * cfg.train.steps}, {"data.objects": 4, "data.texture": 0.3}
+    clean, longer, harder = {"model.past_noise": 0.0}, {"train.steps": 2 * cfg.train.steps}, {"data.objects": 4, "data.texture": 0.3}
     return {
         "canvas": {},
         "uniform": off,
@@ -73,6 +73,9 @@ def arms(cfg) -> dict:
         "no noise": {"model.canvas_noise": 0.0},
         "noise x2": {"model.canvas_noise": 2 * m.canvas_noise},
         "uniform, temporal deeper": off | {"model.temporal_depth": m.temporal_depth + m.canvas_depth},  # the cost of the canvas, too
+        "no noise on the past": clean,
+        "no noise on the past, uniform, deeper": clean | deeper,
+        "past noise x2": {"model.past_noise": 2 * m.past_noise},
         "canvas as a picture": {"model.canvas_as": "picture"},
         "canvas under known tokens": {"model.canvas_under": True},
         "gradient stopped": {"model.canvas_gradient": False},
@@ -164,16 +167,16 @@ def open_run(plan, arm, seed, tune=False, frames=None) -> Run:
     return run
 
 
-def score(plan, run, opts) -> dict:
-    """The figures of one cell: means over clips and samples."""
-    kinds, detector = {f"seed {j}": run.samples(j, opts) for j in range(plan.samples)}, metrics.Offline().to(run.device).eval()
+def score(run, opts, samples) -> dict:
+    """The figures of one cell: means over clips and as many samples of each."""
+    kinds, detector = {f"seed {j}": run.samples(j, opts) for j in range(samples)}, metrics.Offline().to(run.device).eval()
     got = collect(run, kinds, [detector], floor=True, losses=False)
     s = summarise([detector], got, list(kinds), pooled=False, slow=False)
     own = lambda of: float(np.mean([of[kind] for kind in kinds]))
     sets = s["detectors"]["offline"]
     return {
         "frechet": sets["mean"]["frechet"], "right": own(s["right"]), "speed": own(s["speed_ratio"]), "psnr": s["psnr"][f"best_of_{len(kinds)}"],
-        "spread": s["ends_apart"] / s["ends_apart_real"], "floor": sets["floor"]["frechet"],
+        "spread": s["ends_apart"] / s["ends_apart_real"] if samples > 1 else None, "floor": sets["floor"]["frechet"],
         "right_by_frame": np.mean([got.objects[kind]["right"].mean(0) for kind in kinds], 0).tolist(),
     }  # fmt: skip
 
@@ -188,7 +191,6 @@ class Rows:
 
     def __init__(self, plan, name):
         self.plan, self.file, self.rows, self.asked = plan, out_folder(plan) / f"{name}.json", [], []
-        self.size = {"clips": plan.clips, "samples": plan.samples}
         if self.file.exists():
             self.rows = json.loads(self.file.read_text())["rows"]
 
@@ -200,7 +202,7 @@ class Rows:
         """The row of `key` and the run's weights: the one that is there, or what work() gives."""
         tensors = [*run.model.state_dict().values(), *run.tokenizer.state_dict().values()]
         weights = hashlib.sha256(b"".join(t.float().cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16]
-        key = json.loads(json.dumps(key | {"weights": weights} | self.size))
+        key = json.loads(json.dumps(key | {"weights": weights, "clips": self.plan.clips}))
         if found := [row for row in self.rows if key.items() <= row.items()]:
             self.asked.append(found[0])
             return found[0]
@@ -211,11 +213,11 @@ class Rows:
         self.write(self.rows)
         return self.rows[-1]
 
-    def sample(self, run, arm, seed, **changes) -> dict:
+    def sample(self, run, arm, seed, samples=0, **changes) -> dict:
         """The scores and the cost of one arm sampled in one way."""
-        opts = replace(run.cfg.sample, **changes)
-        way = {k: v for k, v in asdict(opts).items() if k != "clips"}
-        return self.add(run, {"arm": arm, "seed": seed} | way, lambda: {"flops": cost(run, opts)} | score(self.plan, run, opts))
+        opts, samples = replace(run.cfg.sample, **changes), samples or self.plan.samples
+        way = {k: v for k, v in asdict(opts).items() if k != "clips"} | {"samples": samples}
+        return self.add(run, {"arm": arm, "seed": seed} | way, lambda: {"flops": cost(run, opts)} | score(run, opts, samples))
 
 
 def cost(run, opts) -> float:
@@ -240,19 +242,21 @@ def scales(w_t, w_s) -> dict:
 
 
 def guidance(plan, rows) -> list[dict]:
-    """All pairs of scales for the canvas, one scale for the others: the first seed, S as configured, on the clips that choose."""
-    for arm in MAIN:
-        run = open_run(plan, arm, plan.seeds[0], tune=True)
-        for pair in [(w_t, w_s) for w_t in plan.scales for w_s in (plan.canvas_scales if arm == "canvas" else [w_t])]:
-            rows.sample(run, arm, plan.seeds[0], **scales(*pair))
+    """All pairs of scales for the canvas, one scale for the others: S as configured, one sample of each of the clips that choose."""
+    for seed in plan.seeds:
+        for arm in MAIN:
+            run = open_run(plan, arm, seed, tune=True)
+            for pair in [(w_t, w_s) for w_t in plan.scales for w_s in (plan.canvas_scales if arm == "canvas" else [w_t])]:
+                rows.sample(run, arm, seed, samples=1, **scales(*pair))
     return rows.asked
 
 
 def best_scales(plan) -> dict:
-    """{arm: (w_t, w_s)} of the highest `merit`."""
-    rows = guidance(plan, Rows(plan, "guidance"))
-    best = {arm: max((r for r in rows if r["arm"] == arm), key=merit) for arm in MAIN}
-    return {arm: (row["cfg_temporal"], row["cfg_canvas"]) for arm, row in best.items()}
+    """{arm: (w_t, w_s)} of the highest `merit`, mean over the seeds."""
+    merits = {}
+    for row in guidance(plan, Rows(plan, "guidance")):
+        merits.setdefault(row["arm"], {}).setdefault((row["cfg_temporal"], row["cfg_canvas"]), []).append(merit(row))
+    return {arm: max(of, key=lambda pair: np.mean(of[pair])) for arm, of in merits.items()}
 
 
 def merit(row) -> float:
@@ -367,7 +371,9 @@ def against(ax, cells, name, x=None):
     if name == "frechet":
         ax.set_yscale("log"), ax.axhline(np.mean([values["floor"].mean() for values in cells.values()]), color="grey", linestyle=":", linewidth=1)
         ax.yaxis.set_major_formatter("{x:.3g}"), ax.yaxis.set_minor_formatter("{x:.3g}"), ax.tick_params(axis="y", which="both", labelsize=7)
-    if not x:
+    if x:
+        ax.xaxis.set_minor_formatter(""), ax.tick_params(axis="x", labelsize=7)
+    else:
         at = sorted({key[-1] for key in cells})
         ax.set_xticks([], minor=True), ax.set_xticks(at, map(str, at))
 
@@ -378,20 +384,20 @@ def labelled(rows):
 
 
 def draw_guidance(rows, path):
-    grid, names = [r for r in rows if r["arm"] == "canvas"], ("frechet", "right", "speed")
-    w_t, w_s = (sorted({r[key] for r in grid}) for key in ("cfg_temporal", "cfg_canvas"))
+    cells, names = over_seeds(rows, "arm", "cfg_temporal", "cfg_canvas"), ("frechet", "right", "speed")
+    w_t, w_s = (sorted({r[key] for r in rows if r["arm"] == "canvas"}) for key in ("cfg_temporal", "cfg_canvas"))
     fig, axes = panels(4)
     for ax, name in zip(axes, names):
-        values = np.array([[next(r[name] for r in grid if (r["cfg_temporal"], r["cfg_canvas"]) == (t, s)) for s in w_s] for t in w_t])
+        values = np.array([[cells["canvas", t, s][name].mean() for s in w_s] for t in w_t])
         ax.imshow(-np.log(values) if name == "frechet" else values, origin="lower")  # brighter is better
         for (i, j), value in np.ndenumerate(values):
             ax.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=7, bbox={"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1})
         ax.set_xticks(range(len(w_s)), w_s), ax.set_yticks(range(len(w_t)), w_t), ax.grid(False)
         ax.set_xlabel("w_s, canvas"), ax.set_ylabel("w_t, temporal"), ax.set_title(f"canvas: {TITLES[name]}", fontsize=9)
     for arm in MAIN:
-        line = [(r["cfg_temporal"], r["frechet"]) for r in rows if r["arm"] == arm and r["cfg_temporal"] == r["cfg_canvas"]]
-        axes[3].plot(*zip(*sorted(line)), marker="o", markersize=3, linewidth=1, label=arm)
-    axes[3].set_xlabel("w_t = w_s"), axes[3].set_title(TITLES["frechet"], fontsize=9), axes[3].legend(fontsize=7)
+        line = [(t, cell["right"].mean(), deviation(cell["right"])) for (which, t, s), cell in cells.items() if which == arm and t == s]
+        axes[3].errorbar(*zip(*sorted(line)), marker="o", markersize=3, linewidth=1, capsize=2, label=arm)
+    axes[3].set_xlabel("w_t = w_s"), axes[3].set_title(TITLES["right"], fontsize=9), axes[3].legend(fontsize=7)
     fig.savefig(path, dpi=110)
 
 
