@@ -166,3 +166,12 @@ def test_bad_input_is_refused_in_a_sentence(plan, monkeypatch):
     monkeypatch.setattr(evidence, "overrides", lambda plan, arm, seed: [f"run=runs/x/{arm}", "train.lr=0", "model.heads=3"])
     said = refusal("train", "--name", "broken", "--config", "tiny.yaml")
     assert "model.heads=3" in said or "ended with status 2" in said
+
+
+def test_the_table_of_the_readme_is_that_of_the_stored_scores():
+    rows = json.loads((ROOT / "results/evidence/steps.json").read_text())["rows"]
+    stored = evidence.table(rows)
+    assert stored == (ROOT / "results/evidence/steps.md").read_text()
+    section = (ROOT / "README.md").read_text().split("\n## Results\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    assert len(lines) > 3 and set(lines) <= set(stored.splitlines())
