@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import config
+import figures
 import flops
 import metrics
 import sample
@@ -45,8 +47,8 @@ class Plan:
     config: str = "config.yaml"
     name: str = "evidence"  # runs/NAME holds what is trained, results/NAME what is found
     seeds: tuple = (0, 1, 2)  # of training
-    lever_seeds: tuple = (0,)
-    levers: tuple = ()  # beside MAIN and NOISE; empty: all arms
+    lever_seeds: tuple = (0,)  # of those with half the training
+    levers: tuple = ()  # arms beside MAIN and NOISE; empty: all
     train_steps: int = 0  # 0: as configured
     clips: int = 128  # scored
     samples: int = 2  # of each clip, two at least
@@ -56,7 +58,8 @@ class Plan:
     jobs: int = 1  # trainings at once
 
 
-SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=700, clips=48, scales=(1.0, 1.25, 1.5), canvas_scales=(1.0, 1.25, 1.5, 2.0))
+SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=700, clips=48, scales=(1.0, 1.25, 1.5), canvas_scales=(1.0, 1.25, 1.5, 2.0),
+             levers=("no noise on the past",))  # fmt: skip
 MAIN = ("canvas", "uniform", "uniform, deeper")
 NOISE = ("canvas", "no noise", "noise x2")
 
@@ -65,16 +68,20 @@ def arms(cfg) -> dict:
     """{name: the keys in which it differs from the configuration}."""
     m, off = cfg.model, {"model.canvas": False}
     deeper = off | {"model.mar_depth": m.mar_depth + m.canvas_depth}  # as many parameters as with a canvas
-    clean, longer, harder = {"model.past_noise": 0.0}, {"train.steps": 2 * cfg.train.steps}, {"data.objects": 4, "data.texture": 0.3}
-    return {
+    clean, harder = {"model.past_noise": 0.0}, {"data.objects": 4, "data.texture": 0.3}
+    full = {
         "canvas": {},
         "uniform": off,
         "uniform, deeper": deeper,
         "no noise": {"model.canvas_noise": 0.0},
         "noise x2": {"model.canvas_noise": 2 * m.canvas_noise},
-        "uniform, temporal deeper": off | {"model.temporal_depth": m.temporal_depth + m.canvas_depth},  # the cost of the canvas, too
         "no noise on the past": clean,
         "no noise on the past, uniform, deeper": clean | deeper,
+    }
+    half = {  # most levers have half the training, so twice the training is a lever, too
+        "canvas": {},
+        "uniform, deeper": deeper,
+        "uniform, temporal deeper": off | {"model.temporal_depth": m.temporal_depth + m.canvas_depth},  # the cost of the canvas, too
         "past noise x2": {"model.past_noise": 2 * m.past_noise},
         "canvas as a picture": {"model.canvas_as": "picture"},
         "canvas under known tokens": {"model.canvas_under": True},
@@ -84,15 +91,14 @@ def arms(cfg) -> dict:
         "dropped x2": {"model.drop_temporal": 2 * m.drop_temporal, "model.drop_canvas": 2 * m.drop_canvas},
         "depth moved": {"model.canvas_depth": 2 * m.canvas_depth, "model.mar_depth": max(1, m.mar_depth - 1)},
         "depth added": {"model.canvas_depth": 2 * m.canvas_depth + 1},
-        "x2 training": longer,
-        "x2 training, uniform, deeper": longer | deeper,
         "harder data": harder,
         "harder data, uniform, deeper": harder | deeper,
     }
+    return full | {f"half: {name}": keys | {"train.steps": max(1, cfg.train.steps // 2)} for name, keys in half.items()}
 
 
 def run_folder(plan, arm, seed) -> Path:
-    return Path("runs") / plan.name / f"{arm.replace(',', '').replace(' ', '_')}_{seed}"
+    return Path("runs") / plan.name / f"{re.sub('[,:]', '', arm).replace(' ', '_')}_{seed}"
 
 
 def out_folder(plan) -> Path:
@@ -108,8 +114,11 @@ def overrides(plan, arm, seed) -> list[str]:
     return [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in keys.items()]
 
 
-def lever_arms(plan) -> list[str]:
-    return list(dict.fromkeys([*MAIN, *NOISE, *(plan.levers or arms(config.load(plan.config)))]))
+def trainings(plan) -> list[tuple[str, int]]:
+    """(arm, seed) of all that is trained."""
+    levers = [arm for arm in plan.levers or arms(config.load(plan.config)) if arm not in MAIN + NOISE]
+    seeds = lambda arm: plan.lever_seeds if arm.startswith("half") else plan.seeds
+    return [(arm, seed) for seed in plan.seeds for arm in dict.fromkeys(MAIN + NOISE)] + [(arm, seed) for arm in levers for seed in seeds(arm)]
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -117,10 +126,9 @@ def lever_arms(plan) -> list[str]:
 
 def train(plan):
     """Train every arm with every seed, on the tokenizer of the first with the same data. What was interrupted goes on where it was."""
-    wanted = dict.fromkeys([(arm, seed) for seed in plan.seeds for arm in (*MAIN, *NOISE)] + [(arm, seed) for seed in plan.lever_seeds for arm in lever_arms(plan)])
     first, begun = {}, []
     with ThreadPoolExecutor(plan.jobs) as pool:
-        for arm, seed in wanted:
+        for arm, seed in trainings(plan):
             data = config.load(plan.config, overrides(plan, arm, seed)).data
             begun.append(pool.submit(_train_one, plan, arm, seed, first.get(data)))
             first.setdefault(data, (run_folder(plan, arm, seed), begun[-1]))
@@ -179,10 +187,6 @@ def score(run, opts, samples) -> dict:
         "spread": s["ends_apart"] / s["ends_apart_real"] if samples > 1 else None, "floor": sets["floor"]["frechet"],
         "right_by_frame": np.mean([got.objects[kind]["right"].mean(0) for kind in kinds], 0).tolist(),
     }  # fmt: skip
-
-
-TITLES = {"frechet": "Fréchet distance (offline, not FVD)", "right": "right frames", "speed": "speed over the real one",
-          "psnr": "PSNR, best of the samples, dB", "spread": "spread of end positions over the real one"}  # fmt: skip
 
 
 class Rows:
@@ -305,10 +309,10 @@ def losses(plan, rows):
 
 
 def levers(plan, rows):
-    """One change at a time, at few steps and many, without guidance and at the best scales of the arm with a canvas or of the one without."""
+    """One change at a time (the arms of `steps` are not scored again), at few spatial steps and more, without guidance and at the best scales of the arm with a canvas or of the one without."""
     best = best_scales(plan)
-    for seed in plan.lever_seeds:
-        for arm in lever_arms(plan):
+    for arm, seed in trainings(plan):
+        if arm not in MAIN:
             run = open_run(plan, arm, seed)
             for pair in dict.fromkeys([(1.0, 1.0), best[MAIN[0 if run.cfg.model.canvas else -1]]]):
                 for s in (1, 4):
@@ -331,136 +335,6 @@ def strip(plan, rows, clips=3, ahead=6):
     sample.figure(pictures, titles, [arm.replace(", ", "\n") for arm in MAIN] * clips, out_folder(plan) / "strip.png")
 
 
-# ------------------------------------------------------------------------------------------------- pictures and tables
-
-
-def over_seeds(rows, *keys) -> dict:
-    """{values of the keys: {score: array of its values over the training seeds}}."""
-    found = {}
-    for row in rows:
-        cell = found.setdefault(tuple(row[k] for k in keys), {name: [] for name in ("flops", "floor", "right_by_frame", *TITLES)})
-        for name, values in cell.items():
-            values.append(row[name])
-    return {key: {name: np.array(values) for name, values in cell.items()} for key, cell in found.items()}
-
-
-def deviation(values):
-    """Standard deviation over seeds."""
-    return values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
-
-
-def panels(count, columns=4):
-    from matplotlib.figure import Figure
-
-    down = -(-count // columns)
-    fig = Figure(figsize=(4 * min(count, columns), 3.3 * down), layout="constrained")
-    axes = np.atleast_1d(fig.subplots(down, min(count, columns))).ravel()
-    for ax in axes:
-        ax.grid(alpha=0.3)
-    return fig, axes
-
-
-def against(ax, cells, name, x=None):
-    """A line for each key but its last part, which is the horizontal axis, or else the score x is. Bars: deviation over seeds."""
-    arms = list(dict.fromkeys(key[0] for key in cells))
-    for line in dict.fromkeys(key[:-1] for key in cells):
-        points = sorted((values[x].mean() if x else key[-1], values[name].mean(), deviation(values[name])) for key, values in cells.items() if key[:-1] == line)
-        style = {"color": f"C{arms.index(line[0])}", "linestyle": ":" if line[1:] == ("(1, 1)",) else "-"}
-        ax.errorbar(*zip(*points), label=" ".join(map(str, line)), marker="o", markersize=3, linewidth=1, capsize=2, **style)
-    ax.set_xscale("log"), ax.set_title(TITLES[name], fontsize=9), ax.set_xlabel("FLOPs a frame" if x else "spatial steps S")
-    if name == "frechet":
-        ax.set_yscale("log"), ax.axhline(np.mean([values["floor"].mean() for values in cells.values()]), color="grey", linestyle=":", linewidth=1)
-        ax.yaxis.set_major_formatter("{x:.3g}"), ax.yaxis.set_minor_formatter("{x:.3g}"), ax.tick_params(axis="y", which="both", labelsize=7)
-    if x:
-        ax.xaxis.set_minor_formatter(""), ax.tick_params(axis="x", labelsize=7)
-    else:
-        at = sorted({key[-1] for key in cells})
-        ax.set_xticks([], minor=True), ax.set_xticks(at, map(str, at))
-
-
-def labelled(rows):
-    """The rows with their guidance in words."""
-    return [row | {"scales": f"({row['cfg_temporal']:g}, {row['cfg_canvas']:g})"} for row in rows]
-
-
-def draw_guidance(rows, path):
-    cells, names = over_seeds(rows, "arm", "cfg_temporal", "cfg_canvas"), ("frechet", "right", "speed")
-    w_t, w_s = (sorted({r[key] for r in rows if r["arm"] == "canvas"}) for key in ("cfg_temporal", "cfg_canvas"))
-    fig, axes = panels(4)
-    for ax, name in zip(axes, names):
-        values = np.array([[cells["canvas", t, s][name].mean() for s in w_s] for t in w_t])
-        ax.imshow(-np.log(values) if name == "frechet" else values, origin="lower")  # brighter is better
-        for (i, j), value in np.ndenumerate(values):
-            ax.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=7, bbox={"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1})
-        ax.set_xticks(range(len(w_s)), w_s), ax.set_yticks(range(len(w_t)), w_t), ax.grid(False)
-        ax.set_xlabel("w_s, canvas"), ax.set_ylabel("w_t, temporal"), ax.set_title(f"canvas: {TITLES[name]}", fontsize=9)
-    for arm in MAIN:
-        line = [(t, cell["right"].mean(), deviation(cell["right"])) for (which, t, s), cell in cells.items() if which == arm and t == s]
-        axes[3].errorbar(*zip(*sorted(line)), marker="o", markersize=3, linewidth=1, capsize=2, label=arm)
-    axes[3].set_xlabel("w_t = w_s"), axes[3].set_title(TITLES["right"], fontsize=9), axes[3].legend(fontsize=7)
-    fig.savefig(path, dpi=110)
-
-
-def draw_steps(rows, path):
-    cells, names = over_seeds(labelled(rows), "arm", "scales", "steps"), ("frechet", "right", "speed", "psnr")
-    fig, axes = panels(2 * len(names))
-    for upper, lower, name in zip(axes, axes[len(names) :], names):
-        against(upper, cells, name), against(lower, cells, name, "flops")
-    axes[0].legend(fontsize=6)
-    fig.savefig(path, dpi=110)
-
-
-def draw_length(rows, path):
-    fig, axes = panels(3)
-    for (arm,), cell in over_seeds(rows, "arm").items():
-        right = cell["right_by_frame"]
-        axes[0].errorbar(rows[0]["context"] + 1 + np.arange(right.shape[1]), right.mean(0), deviation(right), label=arm, linewidth=1, capsize=2)
-        for ax, name in zip(axes[1:], ("frechet", "speed")):
-            ax.bar(arm, cell[name].mean(), yerr=deviation(cell[name]), capsize=3), ax.set_title(TITLES[name], fontsize=9)
-    axes[0].set_xlabel("frame"), axes[0].set_title(TITLES["right"], fontsize=9), axes[0].legend(fontsize=7)
-    fig.savefig(path, dpi=110)
-
-
-def draw_order(rows, path):
-    cells, names = over_seeds(rows, "order", "steps"), ("frechet", "right", "speed", "spread")
-    fig, axes = panels(len(names))
-    for ax, name in zip(axes, names):
-        against(ax, cells, name)
-    axes[0].legend(fontsize=7)
-    fig.savefig(path, dpi=110)
-
-
-def draw_losses(rows, path):
-    fig, axes = panels(4)
-    of = {(r["arm"], r["seed"]): r for r in rows}
-    seeds, last = dict.fromkeys(seed for _, seed in of), rows[0]["end"]
-    ratios = [name for name in last if name.startswith("diffusion@")]
-    for arm in dict.fromkeys(arm for arm, _ in of):
-        curves, ends = ([of[which, seed][part] for seed in seeds] for which, part in ((arm, "curve"), (arm, "end")))
-        base = {part: [of["uniform", seed][part] for seed in seeds] for part in ("curve", "end")}
-        for ax, name in zip(axes, (ratios[-1], ratios[0])):
-            values = np.array([[m[name] / n[name] for m, n in zip(*pair)] for pair in zip(curves, base["curve"])])
-            ax.errorbar([m["step"] for m in curves[0]], values.mean(0), deviation(values), label=arm, marker="o", markersize=3, linewidth=1, capsize=2)
-            ax.set_xlabel("training step"), ax.set_title(f"{name}, over that of the uniform mask", fontsize=9)
-        for ax, relative in ((axes[2], False), (axes[3], True)):
-            values = np.array([[end[name] / (b[name] if relative else 1) for name in ratios] for end, b in zip(ends, base["end"])])
-            ax.errorbar([float(name.split("@")[1]) for name in ratios], values.mean(0), deviation(values), label=arm, marker="o", markersize=3, linewidth=1, capsize=2)
-            ax.set_xlabel("mask ratio"), ax.set_title("diffusion loss at the end" + ", over that of the uniform mask" * relative, fontsize=9)
-    axes[0].legend(fontsize=7)
-    fig.savefig(path, dpi=110)
-
-
-def table(rows) -> str:
-    """Markdown, a line a cell: mean and standard deviation over the training seeds."""
-    head = "| arm | w_t, w_s | S | MFLOP a frame | " + " | ".join(TITLES.values()) + " |\n|" + "---|" * (4 + len(TITLES)) + "\n"
-    lines = []
-    for (arm, pair, s), cell in over_seeds(labelled(rows), "arm", "scales", "steps").items():
-        scores = " | ".join(f"{cell[k].mean():.3g}" + (f" ± {deviation(cell[k]):.2g}" if len(cell[k]) > 1 else "") for k in TITLES)
-        lines.append(f"| {arm} | {pair} | {s} | {cell['flops'].mean() / 1e6:.1f} | {scores} |\n")
-    return head + "".join(lines)
-
-
-DRAWN = {"guidance": draw_guidance, "steps": draw_steps, "length": draw_length, "order": draw_order, "losses": draw_losses}
 PARTS = {"guidance": guidance, "steps": steps, "length": length, "order": order, "losses": losses, "strip": strip, "levers": levers}
 
 
@@ -471,10 +345,10 @@ def do(plan, name):
     rows, out = Rows(plan, name), out_folder(plan)
     PARTS[name](plan, rows)
     rows.write(rows.asked)
-    if name in DRAWN:
-        DRAWN[name](rows.asked, out / f"{name}.png")
+    if name in figures.DRAWN:
+        figures.DRAWN[name](rows.asked, out / f"{name}.png")
     if name in ("steps", "levers"):
-        (out / f"{name}.md").write_text(table(rows.asked))
+        (out / f"{name}.md").write_text(figures.table(rows.asked))
 
 
 def main():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import config
 import evidence
+import figures
 import flops
 import tokenizer as vae
 from canvas import CanvasMAR
@@ -29,7 +30,7 @@ def plan(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(evidence, "MAIN", ("canvas", "uniform"))
         patch.setattr(evidence, "NOISE", ("canvas",))
-        levers = ("harder data",)
+        levers = ("half: harder data",)
         plan = evidence.Plan("tiny.yaml", "t", (0, 1), (0,), levers, 4, 6, 2, (1, 2), (1.0, 1.5), (1.0, 1.5), 2)
         evidence.do(plan, "train")
         yield plan
@@ -50,14 +51,14 @@ def test_arms_differ_in_what_their_names_say_and_the_deeper_one_has_as_many_para
         with torch.device("meta"):
             count[name] = sum(p.numel() for p in CanvasMAR(cfg).parameters())
     assert evidence.arms(base)["canvas"] == {} and set(evidence.MAIN + evidence.NOISE) <= count.keys()
-    for control in ("uniform, deeper", "uniform, temporal deeper"):
+    for control in ("uniform, deeper", "half: uniform, temporal deeper"):
         assert abs(count[control] / count["canvas"] - 1) < 0.01 and count["uniform"] < 0.9 * count["canvas"]
-    assert abs(count["depth moved"] / count["canvas"] - 1) < 0.15
+    assert abs(count["half: depth moved"] / count["canvas"] - 1) < 0.15
 
 
 def test_arms_share_the_tokenizer_and_training_them_again_does_nothing(plan, monkeypatch):
     folders = [evidence.run_folder(plan, arm, seed) for arm in evidence.MAIN for seed in plan.seeds]
-    own, harder = ({vae.load(folder / "tokenizer.pt").fingerprint() for folder in of} for of in (folders, [evidence.run_folder(plan, "harder data", 0)]))
+    own, harder = ({vae.load(folder / "tokenizer.pt").fingerprint() for folder in of} for of in (folders, [evidence.run_folder(plan, "half: harder data", 0)]))
     assert len(own) == 1 and own != harder  # other data
     assert {config.load(folder / "config.yaml").seed for folder in folders} == {0, 1}
     monkeypatch.setattr(evidence.subprocess, "run", lambda *_, **__: pytest.fail("trains again"))
@@ -170,7 +171,7 @@ def test_bad_input_is_refused_in_a_sentence(plan, monkeypatch):
 
 def test_the_table_of_the_readme_is_that_of_the_stored_scores():
     rows = json.loads((ROOT / "results/evidence/steps.json").read_text())["rows"]
-    stored = evidence.table(rows)
+    stored = figures.table(rows)
     assert stored == (ROOT / "results/evidence/steps.md").read_text()
     section = (ROOT / "README.md").read_text().split("\n## Results\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("| ")]
