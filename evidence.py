@@ -90,7 +90,6 @@ def arms(cfg) -> dict:
         "canvas loss x0.3": {"model.canvas_weight": 0.3 * m.canvas_weight},
         "dropped x2": {"model.drop_temporal": 2 * m.drop_temporal, "model.drop_canvas": 2 * m.drop_canvas},
         "depth moved": {"model.canvas_depth": 2 * m.canvas_depth, "model.mar_depth": max(1, m.mar_depth - 1)},
-        "depth added": {"model.canvas_depth": 2 * m.canvas_depth + 1},
         "harder data": harder,
         "harder data, uniform, deeper": harder | deeper,
     }

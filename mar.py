@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 class MAR(nn.Module):
     """c = MAR(u): every token of a frame sees every other. The canvas stands where MAR has a uniform [MASK] token."""
 
-    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int, under: bool = False):
+    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int, under: bool):
         super().__init__()
         self.under, self.embed = under, nn.Linear(channels, width)  # E
         self.temporal = nn.Linear(width, width)  # P

@@ -174,8 +174,8 @@ def collect(run: Run, kinds: dict, detectors: list, floor=False, losses=True) ->
                 parts.append((len(real), held_out_losses(run, real)))
     total = sum(weight for weight, _ in parts)
     losses = {name: sum(weight * part[name] for weight, part in parts) / total for name in (parts[0][1] if parts else ())}
-    features = {name: {kind: torch.cat(parts) for kind, parts in of.items()} for name, of in features.items()}
-    frames, objects = ({a: {b: np.concatenate(parts) for b, parts in of.items()} for a, of in kept.items()} for kept in (frames, objects))
+    features = {name: {kind: torch.cat(batches) for kind, batches in of.items()} for name, of in features.items()}
+    frames, objects = ({a: {b: np.concatenate(batches) for b, batches in of.items()} for a, of in kept.items()} for kept in (frames, objects))
     return Collected(features, frames, objects, losses)
 
 
