@@ -53,7 +53,7 @@ class Plan:
     clips: int = 128  # scored
     samples: int = 2  # of each clip, two at least
     steps: tuple = (1, 2, 4, 8, 16)
-    scales: tuple = (1.0, 1.25, 1.5, 2.0)  # w_t, and w of the arms without a canvas
+    scales: tuple = (1.0, 1.25, 1.5, 2.0, 3.0)  # w_t, and w of the arms without a canvas
     canvas_scales: tuple = (1.0, 1.25, 1.5, 2.0, 3.0)  # w_s
     jobs: int = 1  # trainings at once
 

@@ -67,7 +67,7 @@ def draw_guidance(rows, path):
             ax.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=7, bbox={"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1})
         ax.set_xticks(range(len(w_s)), w_s), ax.set_yticks(range(len(w_t)), w_t), ax.grid(False)
         ax.set_xlabel("w_s, canvas"), ax.set_ylabel("w_t, temporal"), ax.set_title(f"canvas: {TITLES[name]}", fontsize=9)
-    for arm in MAIN:
+    for arm in dict.fromkeys(r["arm"] for r in rows):
         line = [(t, cell["right"].mean(), deviation(cell["right"])) for (which, t, s), cell in cells.items() if which == arm and t == s]
         axes[3].errorbar(*zip(*sorted(line)), marker="o", markersize=3, linewidth=1, capsize=2, label=arm)
     axes[3].set_xlabel("w_t = w_s"), axes[3].set_title(TITLES["right"], fontsize=9), axes[3].legend(fontsize=7)
