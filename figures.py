@@ -62,7 +62,8 @@ def draw_guidance(rows, path):
     fig, axes = panels(4)
     for ax, name in zip(axes, names):
         values = np.array([[cells["canvas", t, s][name].mean() for s in w_s] for t in w_t])
-        ax.imshow(-np.log(values) if name == "frechet" else values, origin="lower")  # brighter is better
+        better = {"frechet": -np.log(values), "right": values, "speed": -np.abs(np.log(values))}[name]
+        ax.imshow(better, origin="lower")  # brighter is better
         for (i, j), value in np.ndenumerate(values):
             ax.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=7, bbox={"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1})
         ax.set_xticks(range(len(w_s)), w_s), ax.set_yticks(range(len(w_t)), w_t), ax.grid(False)
