@@ -62,7 +62,7 @@ def draw_guidance(rows, path):
     fig, axes = panels(4)
     for ax, name in zip(axes, names):
         values = np.array([[cells["canvas", t, s][name].mean() for s in w_s] for t in w_t])
-        better = {"frechet": -np.log(values), "right": values, "speed": -np.abs(np.log(values))}[name]
+        better = {"frechet": -np.log(values), "right": values, "speed": -np.abs(np.log(np.maximum(values, 1e-3)))}[name]
         ax.imshow(better, origin="lower")  # brighter is better
         for (i, j), value in np.ndenumerate(values):
             ax.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=7, bbox={"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1})

@@ -122,7 +122,7 @@ def test_loss_on_masked_tokens_equals_the_head_on_all_tokens_with_the_loss_maske
     f, draws = clips(model, seed=seed), model.draw(generators(2, seed), 5)
     loss, logs = model(f, draws)
 
-    p = torch.cat([model.start.expand(2, 1, -1, -1), f[:, :-1]], 1)
+    p = torch.cat([model.start.expand(2, 1, -1, -1), f[:, :-1] + draws.past], 1)
     z_t = model.temporal(p)
     z_s, guess = model.canvas(z_t, p) if canvas else (torch.zeros_like(z_t), f)
     z_s = model.seen(z_s, guess, draws.sigma, draws.noise) if canvas else z_s
