@@ -1,7 +1,6 @@
 """The figures and tables of `evidence.py`, each drawn from the rows of its JSON file. Points are means over training seeds, bars their standard deviation."""
 
 import numpy as np
-from matplotlib.figure import Figure
 
 TITLES = {"frechet": "Fréchet distance (offline, not FVD)", "right": "right frames", "speed": "speed over the real one",
           "psnr": "PSNR, best of the samples, dB", "spread": "spread of end positions over the real one"}  # fmt: skip
@@ -24,6 +23,8 @@ def deviation(values):
 
 def panels(count, columns=4):
     """A figure of `count` axes with a grid, so many beside each other, and those axes in a row."""
+    from matplotlib.figure import Figure
+
     down = -(-count // columns)
     fig = Figure(figsize=(4 * min(count, columns), 3.3 * down), layout="constrained")
     axes = np.atleast_1d(fig.subplots(down, min(count, columns))).ravel()
@@ -62,7 +63,7 @@ def draw_guidance(rows, path):
     fig, axes = panels(4)
     for ax, name in zip(axes, names):
         values = np.array([[cells["canvas", t, s][name].mean() for s in w_s] for t in w_t])
-        better = {"frechet": -np.log(values), "right": values, "speed": -np.abs(np.log(np.maximum(values, 1e-3)))}[name]
+        better = {"frechet": -np.log(np.maximum(values, 1e-3)), "right": values, "speed": -np.abs(np.log(np.maximum(values, 1e-3)))}[name]
         ax.imshow(better, origin="lower")  # brighter is better
         for (i, j), value in np.ndenumerate(values):
             ax.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=7, bbox={"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1})
