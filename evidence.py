@@ -3,9 +3,10 @@
     python evidence.py --small                   # all of it, small
     python evidence.py --jobs 2                  # all of it, two trainings at once; what is done already is not done again
     python evidence.py train steps               # parts of it
+    python evidence.py draw                      # figures and tables anew from the stored scores, nothing trained
 
-Each part writes NAME.json and from it NAME.png (levers NAME.md, steps both) to results/evidence. Scored are as many test
-clips as the plan says; scales are chosen on others, that lie between these.
+Each part writes NAME.json and from it NAME.png (levers NAME.md, steps and losses both) to results/evidence. Scored are as
+many test clips as the plan says; scales are chosen on others, that lie between these.
 """
 
 import argparse
@@ -56,12 +57,15 @@ class Plan:
     scales: tuple = (1.0, 1.25, 1.5, 2.0, 3.0)  # w_t, and w of the arms without a canvas
     canvas_scales: tuple = (1.0, 1.25, 1.5, 2.0, 3.0)  # w_s
     jobs: int = 1  # trainings at once
+    options: str = ""  # of the command
 
 
-SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=700, clips=48, scales=(1.0, 1.25, 1.5), canvas_scales=(1.0, 1.25, 1.5, 2.0),
+SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=500, clips=96, steps=(1, 2, 4, 8), scales=(1.0, 1.5, 2.0), canvas_scales=(1.0, 1.5, 2.0),
              levers=("no noise on the past",))  # fmt: skip
 MAIN = ("canvas", "uniform", "uniform, deeper")
 NOISE = ("canvas", "no noise", "noise x2")
+# What may differ between runs that are compared, beside what their arms say.
+APART = ("run", "device", "data.workers", "tokenizer.checkpoint", "train.compile", "train.recompute", "train.save_every", "train.preview_every", "train.keep")
 
 
 def arms(cfg) -> dict:
@@ -76,14 +80,15 @@ def arms(cfg) -> dict:
         "no noise": {"model.canvas_noise": 0.0},
         "noise x2": {"model.canvas_noise": 2 * m.canvas_noise},
         "no noise on the past": clean,
+        "no noise on the past, uniform": clean | off,
         "no noise on the past, uniform, deeper": clean | deeper,
+        "no noise on the past, canvas as a picture": clean | {"model.canvas_as": "picture"},
     }
     half = {  # most levers have half the training, so twice the training is a lever, too
         "canvas": {},
         "uniform, deeper": deeper,
         "uniform, temporal deeper": off | {"model.temporal_depth": m.temporal_depth + m.canvas_depth},  # the cost of the canvas, too
         "past noise x2": {"model.past_noise": 2 * m.past_noise},
-        "canvas as a picture": {"model.canvas_as": "picture"},
         "canvas under known tokens": {"model.canvas_under": True},
         "gradient stopped": {"model.canvas_gradient": False},
         "change of the last frame": {"model.canvas_change": True},
@@ -104,20 +109,36 @@ def out_folder(plan) -> Path:
     return storage.make_folder(Path("results") / plan.name)
 
 
+def base(plan) -> config.Config:
+    """What all arms are changes of. Raises UserError where there is nothing to compare."""
+    cfg = config.load(plan.config, [f"train.steps={plan.train_steps}"] if plan.train_steps else [])
+    if cfg.data.name != "pushing" or not cfg.model.canvas:
+        raise UserError(f"{plan.config}: the arms are changes of a model with model.canvas=true, scored by what the simulator of data.name=pushing knows")
+    return cfg
+
+
 def overrides(plan, arm, seed) -> list[str]:
     """What `train.py` is told beside the configuration file."""
-    base = config.load(plan.config, [f"train.steps={plan.train_steps}"] if plan.train_steps else [])
-    steps = base.train.steps
+    cfg = base(plan)
+    steps = cfg.train.steps
     keys = {"run": run_folder(plan, arm, seed), "seed": seed, "train.steps": steps, "train.preview_every": max(1, steps // 10)}
-    keys |= arms(base)[arm]
+    keys |= arms(cfg)[arm]
     return [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in keys.items()]
 
 
 def trainings(plan) -> list[tuple[str, int]]:
     """(arm, seed) of all that is trained."""
-    levers = [arm for arm in plan.levers or arms(config.load(plan.config)) if arm not in MAIN + NOISE]
+    levers = [arm for arm in plan.levers or arms(base(plan)) if arm not in MAIN + NOISE]
     seeds = lambda arm: plan.lever_seeds if arm.startswith("half") else plan.seeds
     return [(arm, seed) for seed in plan.seeds for arm in dict.fromkeys(MAIN + NOISE)] + [(arm, seed) for arm in levers for seed in seeds(arm)]
+
+
+def compare(folder, cfg):
+    """Raises UserError unless the run there is that of cfg."""
+    there = config.load(folder / "config.yaml")
+    if cfg.train.precision == "auto":  # it was settled there
+        cfg = replace(cfg, train=replace(cfg.train, precision=there.train.precision))
+    storage.compare(there, cfg, folder, free=APART)
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -126,12 +147,12 @@ def trainings(plan) -> list[tuple[str, int]]:
 def train(plan):
     """Train every arm with every seed, on the tokenizer of the first with the same data. What was interrupted goes on where it was."""
     first, begun = {}, []
+    data = {key: config.load(plan.config, overrides(plan, *key)).data for key in trainings(plan)}  # what is wrong with any is said now
     with ThreadPoolExecutor(plan.jobs) as pool:
-        for arm, seed in trainings(plan):
-            data = config.load(plan.config, overrides(plan, arm, seed)).data
-            begun.append(pool.submit(_train_one, plan, arm, seed, first.get(data)))
-            first.setdefault(data, (run_folder(plan, arm, seed), begun[-1]))
         try:
+            for key, of in data.items():
+                begun.append(pool.submit(_train_one, plan, *key, first.get(of)))
+                first.setdefault(of, (run_folder(plan, *key), begun[-1]))
             for one in begun:
                 one.result()
         except BaseException:
@@ -144,11 +165,15 @@ def _train_one(plan, arm, seed, first):
     words = overrides(plan, arm, seed)
     if first:
         words.append(f"tokenizer.checkpoint={first[0] / 'tokenizer.pt'}")
-        while not (first[0] / "tokenizer.pt").exists() and not first[1].done():
+        while not (first[0] / "tokenizer.pt").exists():
+            if first[1].done():
+                return first[1].result()  # it has ended without one
             time.sleep(1)
     folder, cfg = run_folder(plan, arm, seed), config.load(plan.config, words)
+    if (folder / "config.yaml").exists():
+        compare(folder, cfg)
     if (newest := storage.steps(folder, "")) and newest[0].name == f"step_{cfg.train.steps:08d}.pt":
-        return storage.compare(config.load(folder / "config.yaml"), cfg, folder)
+        return
     print(f"training {arm}, seed {seed}", file=sys.stderr)
     storage.make_folder(folder)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -157,7 +182,7 @@ def _train_one(plan, arm, seed, first):
         told = {"stdout": log, "stderr": log} if plan.jobs > 1 else {"stdout": log}
         status = subprocess.run([sys.executable, HERE / "train.py", plan.config, *words], env=os.environ | threads, **told).returncode
     if status:
-        raise UserError(f"training {arm}, seed {seed} ended with status {status}; {folder / 'train.log'} may say why")
+        raise UserError(f"training {arm}, seed {seed} ended with status {status}" + f"; {folder / 'train.log'} may say why" * (plan.jobs > 1))
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring
@@ -165,11 +190,13 @@ def _train_one(plan, arm, seed, first):
 
 def open_run(plan, arm, seed, tune=False, frames=None) -> Run:
     """A trained arm on the clips that score or, to choose something by, on as many others that lie between those."""
-    folder = run_folder(plan, arm, seed)
-    if not (folder / "config.yaml").exists():
-        raise UserError(f"{folder} is not there; `python evidence.py train` comes first")
-    storage.compare(config.load(folder / "config.yaml"), config.load(plan.config, overrides(plan, arm, seed)), folder)
-    run = Run(argparse.Namespace(device="auto", batch=64, clips=2 * plan.clips, seed=None, frames=frames), folder, "pushing")
+    folder, cfg = run_folder(plan, arm, seed), config.load(plan.config, overrides(plan, arm, seed))
+    if not (folder / "latest.pt").exists() or storage.read(folder / "latest.pt", "model")["step"] != cfg.train.steps:
+        raise UserError(f"{folder} is not trained to the end; `python evidence.py train` comes first")
+    compare(folder, cfg)
+    opts = replace(cfg.sample, frames=frames or cfg.sample.frames)
+    run = Run(argparse.Namespace(device="auto", batch=64, clips=2 * plan.clips, seed=None, context=opts.context, frames=opts.frames), folder, "pushing")
+    run.cfg = replace(run.cfg, sample=opts)  # as configured now, not when it was trained
     run.indices, run.others = (clips[0 if tune else 1 :: 2] for clips in (run.indices, run.others))
     return run
 
@@ -195,10 +222,15 @@ class Rows:
     def __init__(self, plan, name):
         self.plan, self.file, self.rows, self.asked = plan, out_folder(plan) / f"{name}.json", [], []
         if self.file.exists():
-            self.rows = json.loads(self.file.read_text())["rows"]
+            try:
+                self.rows = json.loads(self.file.read_text())["rows"]
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{self.file} is damaged; delete it, and its part is scored again") from None
 
     def write(self, rows):
-        about = {"command": f"python evidence.py {self.file.stem}", "torch": torch.__version__, "machine": _machine(), "plan": asdict(self.plan)}
+        cfg = base(self.plan)
+        about = {"command": f"python evidence.py {self.plan.options}{self.file.stem}", "torch": torch.__version__, "machine": _machine(), "plan": asdict(self.plan)}
+        about |= {"config": config.to_dict(cfg), "arms": {arm: arms(cfg).get(arm) for arm in dict.fromkeys(row["arm"] for row in rows)}}
         write_json(about | {"rows": rows}, self.file)
 
     def add(self, run, key: dict, work) -> dict:
@@ -211,7 +243,7 @@ class Rows:
             return found[0]
         said = ("arm", "seed", "clip", "steps", "cfg_temporal", "cfg_canvas", "order")
         print(f"{self.file.stem}: " + ", ".join(f"{k} {key[k]}" for k in said if k in key), file=sys.stderr)
-        self.rows.append(key | work() | {"commit": _commit()})
+        self.rows.append(key | {"commit": _commit()} | work())
         self.asked.append(self.rows[-1])
         self.write(self.rows)
         return self.rows[-1]
@@ -230,7 +262,10 @@ def cost(run, opts) -> float:
 
 
 def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    except OSError:
+        return ""  # no git
 
 
 def _machine() -> str:
@@ -244,22 +279,27 @@ def scales(w_t, w_s) -> dict:
     return {"cfg_temporal": w_t, "cfg_canvas": w_s}
 
 
-def guidance(plan, rows) -> list[dict]:
+def guidance(plan, rows):
     """All pairs of scales for the canvas, one scale for the others: S as configured, one sample of each of the clips that choose."""
     for seed in plan.seeds:
         for arm in MAIN:
             run = open_run(plan, arm, seed, tune=True)
             for pair in [(w_t, w_s) for w_t in plan.scales for w_s in (plan.canvas_scales if arm == "canvas" else [w_t])]:
                 rows.sample(run, arm, seed, samples=1, **scales(*pair))
-    return rows.asked
 
 
 def best_scales(plan) -> dict:
-    """{arm: (w_t, w_s)} of the highest `merit`, mean over the seeds."""
-    merits = {}
-    for row in guidance(plan, Rows(plan, "guidance")):
-        merits.setdefault(row["arm"], {}).setdefault((row["cfg_temporal"], row["cfg_canvas"]), []).append(merit(row))
-    return {arm: max(of, key=lambda pair: np.mean(of[pair])) for arm, of in merits.items()}
+    """{arm: (w_t, w_s)}: of the pairs within one standard error (over the seeds) of the highest mean `merit` the cheapest, of
+    equally cheap ones the best."""
+    cells, best = {}, {}
+    for row in do(plan, "guidance"):
+        cells.setdefault(row["arm"], {}).setdefault((row["cfg_temporal"], row["cfg_canvas"]), []).append(row)
+    for arm, of in cells.items():
+        merits = {pair: np.array([merit(row) for row in found]) for pair, found in of.items()}
+        top = max(merits.values(), key=np.mean)
+        enough = top.mean() - figures.deviation(top) / len(top) ** 0.5
+        best[arm] = min((pair for pair in of if merits[pair].mean() >= enough), key=lambda pair: (of[pair][0]["flops"], -merits[pair].mean()))
+    return best
 
 
 def merit(row) -> float:
@@ -281,15 +321,16 @@ def steps(plan, rows):
 
 def length(plan, rows):
     """Quality against frame index over four times the trained length, for several levels of noise on the canvas."""
-    pair, frames = best_scales(plan)["canvas"], 4 * config.load(plan.config).data.frames
+    pair, frames = best_scales(plan)["canvas"], 4 * base(plan).data.frames
     for seed in plan.seeds:
         for arm in NOISE:
-            rows.sample(open_run(plan, arm, seed, frames=frames), arm, seed, **scales(*pair))
+            rows.sample(open_run(plan, arm, seed, frames=frames), arm, seed, samples=1, **scales(*pair))
 
 
 def order(plan, rows):
     """Random against motion-aware order, each with the schedule that suits it."""
     pair = best_scales(plan)["canvas"]
+    rows.rows += Rows(plan, "steps").rows  # what is scored there is not scored again
     for seed in plan.seeds:
         run = open_run(plan, "canvas", seed)
         for way in ("random", "motion"):
@@ -298,24 +339,25 @@ def order(plan, rows):
 
 
 def losses(plan, rows):
-    """Held-out losses, nothing dropped: against the training step (of each run's own previews), and at the end by mask ratio, all
-    on the same clips."""
-    for seed in plan.seeds:
-        for arm in MAIN:
-            run = open_run(plan, arm, seed)
-            curve = [m for m in storage.read_metrics(run_folder(plan, arm, seed)) if m["stage"] == "model" and "diffusion@1.0" in m]
-            rows.add(run, {"arm": arm, "seed": seed}, lambda: {"curve": curve, "end": held_out_losses(run, torch.stack([run.test.clip(i) for i in run.indices]))})
+    """Held-out losses of all arms, nothing dropped: against the training step (of each run's own previews), and at the end by
+    mask ratio, all on the same clips (where the data are the same)."""
+    for arm, seed in trainings(plan):
+        run = open_run(plan, arm, seed)
+        curve = [m for m in storage.read_metrics(run_folder(plan, arm, seed)) if m["stage"] == "model" and "diffusion@1.0" in m]
+        rows.add(run, {"arm": arm, "seed": seed}, lambda: {"curve": curve, "end": held_out_losses(run, torch.stack([run.test.clip(i) for i in run.indices]))})
 
 
 def levers(plan, rows):
-    """One change at a time (the arms of `steps` are not scored again), at few spatial steps and more, without guidance and at the best scales of the arm with a canvas or of the one without."""
+    """One change at a time, at few spatial steps and more: at the best scales of the arm with a canvas or of the one without it
+    and, unless training was halved, without guidance."""
     best = best_scales(plan)
+    rows.rows += Rows(plan, "steps").rows
     for arm, seed in trainings(plan):
-        if arm not in MAIN:
-            run = open_run(plan, arm, seed)
-            for pair in dict.fromkeys([(1.0, 1.0), best[MAIN[0 if run.cfg.model.canvas else -1]]]):
-                for s in (1, 4):
-                    rows.sample(run, arm, seed, steps=s, **scales(*pair))
+        run = open_run(plan, arm, seed)
+        own = best[MAIN[0 if run.cfg.model.canvas else -1]]
+        for pair in dict.fromkeys([own] if arm.startswith("half") else [(1.0, 1.0), own]):
+            for s in (1, 4):
+                rows.sample(run, arm, seed, steps=s, **scales(*pair))
 
 
 def strip(plan, rows, clips=3, ahead=6):
@@ -329,7 +371,7 @@ def strip(plan, rows, clips=3, ahead=6):
             row = [to_uint8(real)[0, opts.context - 1], to_uint8(real)[0, t]]
             ways = [replace(opts, steps=s, **scales(*best[arm])) for s in plan.steps[:4]]
             pictures.append(row + [to_uint8(run.samples(0, way)(real, [index]))[0, t] for way in ways])
-            rows.add(run, {"arm": arm, "clip": index}, lambda: {"frame": t + 1, "ways": [asdict(way) for way in ways]})
+            rows.add(run, {"arm": arm, "clip": index, "frame": t + 1, "ways": [asdict(way) for way in ways]}, dict)
     titles = [f"frame {opts.context}", f"frame {t + 1}", *(f"S = {s}" for s in plan.steps[:4])]
     sample.figure(pictures, titles, [arm.replace(", ", "\n") for arm in MAIN] * clips, out_folder(plan) / "strip.png")
 
@@ -337,35 +379,47 @@ def strip(plan, rows, clips=3, ahead=6):
 PARTS = {"guidance": guidance, "steps": steps, "length": length, "order": order, "losses": losses, "strip": strip, "levers": levers}
 
 
-def do(plan, name):
-    """One part: train, or what is scored, its JSON file, its figure and its table."""
+def draw(plan, name, rows):
+    """The figure and the table of one part."""
+    out = out_folder(plan)
+    if name in figures.DRAWN:
+        figures.DRAWN[name]([row for row in rows if name != "losses" or row["arm"] in MAIN], out / f"{name}.png")
+    if name in figures.TABLES:
+        (out / f"{name}.md").write_text(figures.TABLES[name](rows))
+
+
+def do(plan, name) -> list[dict]:
+    """One part: train, or what is scored, its JSON file, its figure and its table. Returns the rows of that file."""
     if name == "train":
         return train(plan)
-    rows, out = Rows(plan, name), out_folder(plan)
+    if name == "draw":
+        return [draw(plan, part, rows) for part in PARTS if (rows := Rows(plan, part).rows)]
+    rows = Rows(plan, name)
     PARTS[name](plan, rows)
     rows.write(rows.asked)
-    if name in figures.DRAWN:
-        figures.DRAWN[name](rows.asked, out / f"{name}.png")
-    if name in ("steps", "levers"):
-        (out / f"{name}.md").write_text(figures.table(rows.asked))
+    draw(plan, name, rows.asked)
+    return rows.asked
 
 
 def main():
     """The command line. Raises UserError."""
     parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("parts", nargs="*", help=f"train, {', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", help=f"train, {', '.join(PARTS)} (default: all), draw")
     parser.add_argument("--small", action="store_true", help="fewer seeds, training steps, clips and scales")
     parser.add_argument("--config", default=Plan.config, help="what the arm with a canvas is")
     parser.add_argument("--name", help="of the folders in runs/ and results/")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
     args = parser.parse_args()
     parts = ["train", *PARTS]
-    if unknown := [part for part in args.parts if part not in parts]:
-        raise UserError(f"there is no part {unknown[0]}; the parts are {', '.join(parts)}")
+    if unknown := [part for part in args.parts if part not in (*parts, "draw")]:
+        raise UserError(f"there is no part {unknown[0]}; the parts are {', '.join(parts)}, draw")
+    if args.config != Plan.config and not args.name:
+        raise UserError(f"--config={args.config} needs a --name: the folders of {Plan.config} are its own")
     if args.jobs < 1:
         raise UserError(f"--jobs={args.jobs} must be at least 1")
     plan = SMALL if args.small else Plan()
-    plan = replace(plan, config=args.config, name=args.name or plan.name, jobs=args.jobs)
+    options = "--small " * args.small + f"--config {args.config} " * (args.config != Plan.config) + f"--name {args.name} " * bool(args.name)
+    plan = replace(plan, config=args.config, name=args.name or plan.name, jobs=args.jobs, options=options)
     for name in args.parts or parts:
         do(plan, name)
     print(f"the results are in {out_folder(plan)}")

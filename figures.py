@@ -21,6 +21,12 @@ def deviation(values):
     return values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
 
 
+def mean(values, sign="") -> str:
+    """Mean ± standard deviation over seeds, to two digits of the latter; of one seed its value."""
+    digits = 1 - int(np.floor(np.log10(deviation(values)))) if deviation(values) > 1e-9 else 3
+    return f"{values.mean():{sign}.{max(0, digits)}f}" + f" ± {deviation(values):.{max(0, digits)}f}" * (len(values) > 1)
+
+
 def panels(count, columns=4):
     """A figure of `count` axes with a grid, so many beside each other, and those axes in a row."""
     from matplotlib.figure import Figure
@@ -134,9 +140,36 @@ def table(rows) -> str:
     head = "| arm | w_t, w_s | S | MFLOP a frame | " + " | ".join(TITLES.values()) + " |\n|" + "---|" * (4 + len(TITLES)) + "\n"
     lines = []
     for (arm, pair, s), cell in over_seeds(labelled(rows), "arm", "scales", "steps").items():
-        scores = " | ".join(f"{cell[k].mean():.3g}" + (f" ± {deviation(cell[k]):.2g}" if len(cell[k]) > 1 else "") for k in TITLES)
-        lines.append(f"| {arm} | {pair} | {s} | {cell['flops'].mean() / 1e6:.1f} | {scores} |\n")
+        lines.append(f"| {arm} | {pair} | {s} | {cell['flops'].mean() / 1e6:.0f} | " + " | ".join(mean(cell[name]) for name in TITLES) + " |\n")
     return head + "".join(lines)
 
 
+def differences(rows) -> str:
+    """Markdown: the first arm less each other, seed by seed; mean and standard deviation over the training seeds."""
+    names = ("right", "frechet", "speed", "psnr", "spread")
+    cells, seeds = {}, dict.fromkeys(row["seed"] for row in rows)
+    for row in labelled(rows):
+        cells.setdefault((row["arm"], "none" if row["scales"] == "(1, 1)" else "own best", row["steps"]), {})[row["seed"]] = row
+    first = rows[0]["arm"]
+    head = "| less | guidance | S | " + " | ".join(TITLES[name] for name in names) + " |\n|" + "---|" * (3 + len(names)) + "\n"
+    lines = []
+    for (arm, guidance, s), cell in cells.items():
+        if arm != first and (own := cells.get((first, guidance, s))):
+            less = {name: np.array([own[seed][name] - cell[seed][name] for seed in seeds]) for name in names}
+            lines.append(f"| {arm} | {guidance} | {s} | " + " | ".join(mean(v, "+") for v in less.values()) + " |\n")
+    return f"\n{first} less the other arms, each pair trained with the same seed:\n\n{head}" + "".join(lines)
+
+
+def losses_table(rows) -> str:
+    """Markdown, a line an arm: held-out losses at the end, mean and standard deviation over the training seeds."""
+    names, ends = [name for name in rows[0]["end"] if name.startswith("diffusion@")], {}
+    for row in rows:
+        ends.setdefault(row["arm"], []).append([row["end"].get(name, np.nan) for name in (*names, "canvas")])
+    head = "| arm | seeds | " + " | ".join(f"diffusion loss at mask ratio {name.split('@')[1]}" for name in names) + " | error of the canvas |\n"
+    cell = lambda v: "" if np.isnan(v).any() else mean(v)
+    lines = [f"| {arm} | {len(of)} | " + " | ".join(map(cell, np.array(of).T)) + " |\n" for arm, of in ends.items()]
+    return head + "|" + "---|" * (3 + len(names)) + "\n" + "".join(lines)
+
+
 DRAWN = {"guidance": draw_guidance, "steps": draw_steps, "length": draw_length, "order": draw_order, "losses": draw_losses}
+TABLES = {"steps": lambda rows: table(rows) + differences(rows), "levers": table, "losses": losses_table}

@@ -75,12 +75,12 @@ FREE = ("run", "device", "data.path", "data.test_list", "data.workers", "tokeniz
 FIRST_STAGE = ("seed", "data.", "tokenizer.", "train.ema", "train.warmup", "train.weight_decay")
 
 
-def compare(old: Config, cfg: Config, where, bound=()) -> str:
+def compare(old: Config, cfg: Config, where, bound=(), free=FREE) -> str:
     """What differs between the configuration something was learned with and the one now, in words. Raises UserError if that
-    is more than may change; where `bound` is given, only keys that begin with one of its names are held to it."""
+    is more than `free` says may change; where `bound` is given, only keys that begin with one of its names are held to it."""
     there, now = config.flat(old), config.flat(cfg)
     differ = [k for k in now if now[k] != there[k] and k != "run" and not k.startswith("sample.")]
-    refused = [k for k in differ if k not in FREE and (not bound or k.startswith(bound))]
+    refused = [k for k in differ if k not in free and (not bound or k.startswith(bound))]
     if refused:
         what = ", ".join(f"{k} ({there[k]} there, {now[k]} now)" for k in refused)
         raise UserError(f"{where} was made with another configuration: {what}; set run= to another folder")

@@ -1,6 +1,7 @@
 """The arms, what they share, what is scored once, and that every figure comes from its JSON file."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import config
 import evidence
 import figures
 import flops
+import storage
 import tokenizer as vae
 from canvas import CanvasMAR
 from config import UserError
@@ -86,10 +88,11 @@ def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(pla
     out = Path("results/t")
     pictures = {file.stem for file in out.glob("*.png")}
     written = {file.stem for file in out.glob("*.json")}
-    assert pictures == written - {"levers"} and written == set(evidence.PARTS) and (out / "levers.md").exists()
+    assert pictures == written - {"levers"} and written == set(evidence.PARTS) and {file.stem for file in out.glob("*.md")} == {"steps", "losses", "levers"}
     stored = {name: json.loads((out / f"{name}.json").read_text()) for name in written}
     for name, content in stored.items():
         assert content["command"] == f"python evidence.py {name}" and content["plan"]["clips"] == 6 and content["machine"]
+        assert content["config"]["model"]["canvas"] and content["arms"]["canvas"] == {}
         assert all(row["weights"] and "commit" in row for row in content["rows"])
     for of in ("score", "cost", "held_out_losses"):
         monkeypatch.setattr(evidence, of, lambda *_: pytest.fail("scores again"))
@@ -101,14 +104,56 @@ def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(pla
     for arm in evidence.MAIN:
         tried = [r for r in stored["guidance"]["rows"] if r["arm"] == arm]
         assert len(tried) == 2 * (4 if arm == "canvas" else 2) and {r["samples"] for r in tried} == {1}
-        best = max({pair(r) for r in tried}, key=lambda p: sum(evidence.merit(r) for r in tried if pair(r) == p))
-        assert {pair(r) for r in steps if r["arm"] == arm} <= {(1, 1), best}
+        assert {pair(r) for r in steps if r["arm"] == arm} == {(1, 1), evidence.best_scales(plan)[arm]}
         assert {(r["seed"], r["steps"]) for r in steps if r["arm"] == arm} == {(seed, s) for seed in (0, 1) for s in (1, 2)}
     cell = [r["psnr"] for r in steps if r["arm"] == "uniform" and r["steps"] == 2 and r["cfg_temporal"] == 1]
     line = next(line for line in (out / "steps.md").read_text().splitlines() if line.startswith("| uniform | (1, 1) | 2 |"))
-    assert f"{np.mean(cell):.3g} ± {np.std(cell, ddof=1):.2g}" in line
+    assert figures.mean(np.array(cell)) in line
     assert {r["frames"] for r in stored["length"]["rows"]} == {4 * 3} and all(len(r["right_by_frame"]) == 10 for r in stored["length"]["rows"])
-    assert len(stored["losses"]["rows"]) == 4 and all(r["curve"] and "diffusion@1.0" in r["end"] for r in stored["losses"]["rows"])
+    assert len(stored["losses"]["rows"]) == 5 and all(r["curve"] and "diffusion@1.0" in r["end"] for r in stored["losses"]["rows"])
+
+
+    drawn = {file: file.read_bytes() for file in out.iterdir() if file.stem != "strip"}
+    for file in drawn:
+        if file.suffix != ".json":
+            file.unlink()
+    evidence.do(plan, "draw")
+    assert {file: file.read_bytes() for file in drawn} == drawn  # from the JSON files alone
+
+
+def test_of_scales_within_one_standard_error_the_cheapest_is_taken(monkeypatch):
+    cell = lambda arm, pair, flops, rights: [{"arm": arm, **evidence.scales(*pair), "flops": flops, "right": right, "speed": 1.0} for right in rights]
+    rows = cell("a", (2, 1), 3, (0.7, 0.9)) + cell("a", (2, 2), 2, (0.75, 0.76)) + cell("a", (3, 3), 2, (0.77, 0.76)) + cell("a", (1, 1), 1, (0.6, 0.6))
+    rows += cell("b", (2, 1), 3, (0.8, 0.8)) + cell("b", (2, 2), 2, (0.79, 0.79))
+    monkeypatch.setattr(evidence, "do", lambda plan, name: rows)
+    assert evidence.best_scales(None) == {"a": (3, 3), "b": (2, 1)}
+
+
+def test_differences_are_of_the_same_seed():
+    same = evidence.scales(1, 1) | {"steps": 1, "flops": 1} | dict.fromkeys(("frechet", "speed", "psnr", "spread"), 1.0)
+    row = lambda arm, seed, right: same | {"arm": arm, "seed": seed, "right": right}
+    rows = [row("a", 0, 0.5), row("a", 1, 0.75), row("b", 1, 0.65), row("b", 0, 0.4)]
+    assert "| b | none | 1 | +0.100 ± 0.000 |" in figures.differences(rows)
+
+
+def test_a_run_that_is_not_the_plans_is_not_scored(plan):
+    folder = evidence.run_folder(plan, "uniform", 0)
+    whole = folder.with_name("whole")
+    shutil.copytree(folder, whole)
+    stored = storage.read(folder / "latest.pt", "model")
+    storage.write(stored | {"step": 3}, folder / "latest.pt")
+    with pytest.raises(UserError, match="not trained to the end"):
+        evidence.open_run(plan, "uniform", 0)
+    shutil.rmtree(folder), whole.rename(folder)
+    for change in ("train.lr=0.5", "train.batch=3"):
+        config.save(tiny(change), "tiny.yaml")
+        with pytest.raises(UserError, match=change.split("=")[0]):
+            evidence.open_run(plan, "uniform", 0)
+        with pytest.raises(UserError, match=change.split("=")[0]):
+            evidence.train(plan)
+    config.save(tiny("sample.solver_steps=5"), "tiny.yaml")
+    assert evidence.open_run(plan, "uniform", 0).cfg.sample.solver_steps == 5
+    config.save(tiny(), "tiny.yaml")
 
 
 def test_other_weights_and_another_plan_are_scored_anew(plan, monkeypatch):
@@ -134,6 +179,12 @@ def test_a_part_keeps_only_what_it_asked_for(plan, monkeypatch):
     wanted = ["b", "c"]
     evidence.do(plan, "some")
     assert [row["arm"] for row in json.loads(Path("results/t/some.json").read_text())["rows"]] == ["b", "c"]
+
+
+def test_a_mean_is_written_to_two_digits_of_its_deviation():
+    of = lambda *values: figures.mean(np.array(values))
+    assert of(35, 36, 37.4) == "36.1 ± 1.2" and of(0.86, 0.8601) == "0.860050 ± 0.000071" and of(10, 210) == "110 ± 141"
+    assert of(0.12345) == "0.123" and of(2.0, 2.0) == "2.000 ± 0.000" and figures.mean(np.array([1.0, 2.0]), "+") == "+1.50 ± 0.71"
 
 
 @given(st.floats(0, 1), st.floats(0.01, 3))
@@ -162,7 +213,13 @@ def test_bad_input_is_refused_in_a_sentence(plan, monkeypatch):
     assert "there is no part stpes; the parts are train, guidance" in refusal("stpes")
     assert "--jobs=0 must be at least 1" in refusal("--jobs", "0")
     assert "evidence.py train" in refusal("steps", "--name", "nothing", "--config", "tiny.yaml")
-    assert "cannot read nowhere.yaml" in refusal("train", "--config", "nowhere.yaml")
+    assert "cannot read nowhere.yaml" in refusal("train", "--config", "nowhere.yaml", "--name", "x")
+    assert "needs a --name" in refusal("train", "--config", "nowhere.yaml")
+    config.save(tiny("model.canvas=false"), "uniform.yaml")
+    assert "model.canvas=true" in refusal("train", "--config", "uniform.yaml", "--name", "x")
+    Path("results/t/order.json").write_text("{")
+    assert "order.json is damaged" in refusal("order", "--config", "tiny.yaml", "--name", "t")
+    Path("results/t/order.json").unlink()
     monkeypatch.setattr(evidence, "MAIN", ("canvas",))
     monkeypatch.setattr(evidence, "overrides", lambda plan, arm, seed: [f"run=runs/x/{arm}", "train.lr=0", "model.heads=3"])
     said = refusal("train", "--name", "broken", "--config", "tiny.yaml")
@@ -171,7 +228,7 @@ def test_bad_input_is_refused_in_a_sentence(plan, monkeypatch):
 
 def test_the_table_of_the_readme_is_that_of_the_stored_scores():
     rows = json.loads((ROOT / "results/evidence/steps.json").read_text())["rows"]
-    stored = figures.table(rows)
+    stored = figures.TABLES["steps"](rows)
     assert stored == (ROOT / "results/evidence/steps.md").read_text()
     section = (ROOT / "README.md").read_text().split("\n## Results\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("| ")]
