@@ -93,6 +93,7 @@ def arms(cfg) -> dict:
         "gradient stopped": {"model.canvas_gradient": False},
         "change of the last frame": {"model.canvas_change": True},
         "canvas loss x0.3": {"model.canvas_weight": 0.3 * m.canvas_weight},
+        "change, loss x0.3": {"model.canvas_change": True, "model.canvas_weight": 0.3 * m.canvas_weight},  # together
         "dropped x2": {"model.drop_temporal": 2 * m.drop_temporal, "model.drop_canvas": 2 * m.drop_canvas},
         "depth moved": {"model.canvas_depth": 2 * m.canvas_depth, "model.mar_depth": max(1, m.mar_depth - 1)},
         "harder data": harder,

@@ -126,11 +126,11 @@ def draw_losses(rows, path):
         for ax, name in zip(axes, (ratios[-1], ratios[0])):
             values = np.array([[m[name] / n[name] for m, n in zip(*pair)] for pair in zip(curves, base["curve"])])
             ax.errorbar([m["step"] for m in curves[0]], values.mean(0), deviation(values), label=arm, marker="o", markersize=3, linewidth=1, capsize=2)
-            ax.set_xlabel("training step"), ax.set_title(f"{name}, over that of the uniform mask", fontsize=9)
+            ax.set_xlabel("training step"), ax.set_title(f"loss at mask ratio {name.split('@')[1]}, over that of the uniform mask", fontsize=9)
         for ax, relative in ((axes[2], False), (axes[3], True)):
             values = np.array([[end[name] / (b[name] if relative else 1) for name in ratios] for end, b in zip(ends, base["end"])])
             ax.errorbar([float(name.split("@")[1]) for name in ratios], values.mean(0), deviation(values), label=arm, marker="o", markersize=3, linewidth=1, capsize=2)
-            ax.set_xlabel("mask ratio"), ax.set_title("diffusion loss at the end" + ", over that of the uniform mask" * relative, fontsize=9)
+            ax.set_xlabel("mask ratio"), ax.set_title("loss at the end" + ", over that of the uniform mask" * relative, fontsize=9)
     axes[0].legend(fontsize=7)
     fig.savefig(path, dpi=110)
 
