@@ -264,7 +264,7 @@ def cost(run, opts) -> float:
 
 def _commit() -> str:
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     except OSError:
         return ""  # no git
 
