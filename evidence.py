@@ -1,6 +1,6 @@
 """Does the canvas pay? Arms that differ in one thing, trained alike; their scores, with error bars, and the figures of them.
 
-    python evidence.py --small                   # all of it, small
+    python evidence.py --small --jobs 2          # all of it, small
     python evidence.py --jobs 2                  # all of it, two trainings at once; what is done already is not done again
     python evidence.py train steps               # parts of it
     python evidence.py draw                      # figures and tables anew from the stored scores, nothing trained
