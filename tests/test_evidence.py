@@ -112,7 +112,6 @@ def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(pla
     assert {r["frames"] for r in stored["length"]["rows"]} == {4 * 3} and all(len(r["right_by_frame"]) == 10 for r in stored["length"]["rows"])
     assert len(stored["losses"]["rows"]) == 5 and all(r["curve"] and "diffusion@1.0" in r["end"] for r in stored["losses"]["rows"])
 
-
     drawn = {file: file.read_bytes() for file in out.iterdir() if file.stem != "strip"}
     for file in drawn:
         if file.suffix != ".json":
