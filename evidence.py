@@ -64,6 +64,7 @@ SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=500, clips=96, ste
              levers=("no noise on the past",))  # fmt: skip
 MAIN = ("canvas", "uniform", "uniform, deeper")
 NOISE = ("canvas", "no noise", "noise x2")
+BEFORE = {"model.past_noise": 0.6, "model.canvas_change": False}  # what config.yaml had before the levers that won: its arms are changes of that
 # What may differ between runs that are compared, beside what their arms say.
 APART = ("run", "device", "data.workers", "tokenizer.checkpoint", "train.compile", "train.recompute", "train.save_every", "train.preview_every", "train.keep")
 
@@ -72,7 +73,7 @@ def arms(cfg) -> dict:
     """{name: the keys in which it differs from the configuration}."""
     m, off = cfg.model, {"model.canvas": False}
     deeper = off | {"model.mar_depth": m.mar_depth + m.canvas_depth}  # as many parameters as with a canvas
-    clean, harder = {"model.past_noise": 0.0}, {"data.objects": 4, "data.texture": 0.3}
+    clean, noisy, harder = {"model.past_noise": 0.0}, {"model.past_noise": 2 * m.past_noise}, {"data.objects": 4, "data.texture": 0.3}
     full = {
         "canvas": {},
         "uniform": off,
@@ -83,12 +84,14 @@ def arms(cfg) -> dict:
         "no noise on the past, uniform": clean | off,
         "no noise on the past, uniform, deeper": clean | deeper,
         "no noise on the past, canvas as a picture": clean | {"model.canvas_as": "picture"},
+        "past noise x2, change of the last frame": noisy | {"model.canvas_change": True},  # the levers that won: config.yaml
+        "past noise x2, uniform, deeper": noisy | deeper,
     }
     half = {  # most levers have half the training, so twice the training is a lever, too
         "canvas": {},
         "uniform, deeper": deeper,
         "uniform, temporal deeper": off | {"model.temporal_depth": m.temporal_depth + m.canvas_depth},  # the cost of the canvas, too
-        "past noise x2": {"model.past_noise": 2 * m.past_noise},
+        "past noise x2": noisy,
         "canvas under known tokens": {"model.canvas_under": True},
         "gradient stopped": {"model.canvas_gradient": False},
         "change of the last frame": {"model.canvas_change": True},
@@ -110,9 +113,19 @@ def out_folder(plan) -> Path:
     return storage.make_folder(Path("results") / plan.name)
 
 
+def before(plan) -> dict:
+    """The keys in which what all arms are changes of differs from the configuration file."""
+    return (BEFORE if plan.config == Plan.config else {}) | ({"train.steps": plan.train_steps} if plan.train_steps else {})
+
+
+def words(keys: dict) -> list[str]:
+    """As on the command line."""
+    return [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in keys.items()]
+
+
 def base(plan) -> config.Config:
     """What all arms are changes of. Raises UserError where there is nothing to compare."""
-    cfg = config.load(plan.config, [f"train.steps={plan.train_steps}"] if plan.train_steps else [])
+    cfg = config.load(plan.config, words(before(plan)))
     if cfg.data.name != "pushing" or not cfg.model.canvas:
         raise UserError(f"{plan.config}: the arms are changes of a model with model.canvas=true, scored by what the simulator of data.name=pushing knows")
     return cfg
@@ -123,8 +136,7 @@ def overrides(plan, arm, seed) -> list[str]:
     cfg = base(plan)
     steps = cfg.train.steps
     keys = {"run": run_folder(plan, arm, seed), "seed": seed, "train.steps": steps, "train.preview_every": max(1, steps // 10)}
-    keys |= arms(cfg)[arm]
-    return [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in keys.items()]
+    return words(before(plan) | keys | arms(cfg)[arm])
 
 
 def trainings(plan) -> list[tuple[str, int]]:
@@ -163,14 +175,14 @@ def train(plan):
 
 def _train_one(plan, arm, seed, first):
     """first: the folder and the training whose tokenizer is taken, as soon as it is there; None: train one."""
-    words = overrides(plan, arm, seed)
+    told = overrides(plan, arm, seed)
     if first:
-        words.append(f"tokenizer.checkpoint={first[0] / 'tokenizer.pt'}")
+        told.append(f"tokenizer.checkpoint={first[0] / 'tokenizer.pt'}")
         while not (first[0] / "tokenizer.pt").exists():
             if first[1].done():
                 return first[1].result()  # it has ended without one
             time.sleep(1)
-    folder, cfg = run_folder(plan, arm, seed), config.load(plan.config, words)
+    folder, cfg = run_folder(plan, arm, seed), config.load(plan.config, told)
     if (folder / "config.yaml").exists():
         compare(folder, cfg)
     if (newest := storage.steps(folder, "")) and newest[0].name == f"step_{cfg.train.steps:08d}.pt":
@@ -180,8 +192,8 @@ def _train_one(plan, arm, seed, first):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = {"OMP_NUM_THREADS": str(max(1, cores // plan.jobs))} if plan.jobs > 1 else {}
     with open(folder / "train.log", "ab") as log:  # of one at a time the progress is shown
-        told = {"stdout": log, "stderr": log} if plan.jobs > 1 else {"stdout": log}
-        status = subprocess.run([sys.executable, HERE / "train.py", plan.config, *words], env=os.environ | threads, **told).returncode
+        pipes = {"stdout": log, "stderr": log} if plan.jobs > 1 else {"stdout": log}
+        status = subprocess.run([sys.executable, HERE / "train.py", plan.config, *told], env=os.environ | threads, **pipes).returncode
     if status:
         raise UserError(f"training {arm}, seed {seed} ended with status {status}" + f"; {folder / 'train.log'} may say why" * (plan.jobs > 1))
 
@@ -210,7 +222,7 @@ def score(run, opts, samples) -> dict:
     own = lambda of: float(np.mean([of[kind] for kind in kinds]))
     sets = s["detectors"]["offline"]
     return {
-        "frechet": sets["mean"]["frechet"], "right": own(s["right"]), "speed": own(s["speed_ratio"]), "psnr": s["psnr"][f"best_of_{len(kinds)}"],
+        "frechet": sets["mean"]["frechet"], "right": own(s["right"]), "shaped": own(s["shaped"]), "speed": own(s["speed_ratio"]), "psnr": s["psnr"][f"best_of_{len(kinds)}"],
         "spread": s["ends_apart"] / s["ends_apart_real"] if samples > 1 else None, "floor": sets["floor"]["frechet"],
         "right_by_frame": np.mean([got.objects[kind]["right"].mean(0) for kind in kinds], 0).tolist(),
     }  # fmt: skip

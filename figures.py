@@ -2,7 +2,7 @@
 
 import numpy as np
 
-TITLES = {"frechet": "Fréchet distance (offline, not FVD)", "right": "right frames", "speed": "speed over the real one",
+TITLES = {"frechet": "Fréchet distance (offline, not FVD)", "right": "right frames", "shaped": "and right shapes", "speed": "speed over the real one",
           "psnr": "PSNR, best of the samples, dB", "spread": "spread of end positions over the real one"}  # fmt: skip
 
 
@@ -12,7 +12,7 @@ def over_seeds(rows, *keys) -> dict:
     for row in rows:
         cell = found.setdefault(tuple(row[k] for k in keys), {name: [] for name in ("flops", "floor", "right_by_frame", *TITLES)})
         for name, values in cell.items():
-            values.append(row[name])
+            values.append(row.get(name, np.nan))  # rows stored before there was such a score
     return {key: {name: np.array(values) for name, values in cell.items()} for key, cell in found.items()}
 
 
@@ -22,7 +22,9 @@ def deviation(values):
 
 
 def mean(values, sign="") -> str:
-    """Mean ± standard deviation over seeds, to two digits of the latter; of one seed its value."""
+    """Mean ± standard deviation over seeds, to two digits of the latter; of one seed its value; nothing where one is missing."""
+    if np.isnan(values).any():
+        return ""
     digits = 1 - int(np.floor(np.log10(deviation(values)))) if deviation(values) > 1e-9 else 3
     return f"{values.mean():{sign}.{max(0, digits)}f}" + f" ± {deviation(values):.{max(0, digits)}f}" * (len(values) > 1)
 
@@ -137,10 +139,11 @@ def draw_losses(rows, path):
 
 def table(rows) -> str:
     """Markdown, a line a cell: mean and standard deviation over the training seeds."""
-    head = "| arm | w_t, w_s | S | MFLOP a frame | " + " | ".join(TITLES.values()) + " |\n|" + "---|" * (4 + len(TITLES)) + "\n"
+    titles = {name: title for name, title in TITLES.items() if any(name in row for row in rows)}
+    head = "| arm | w_t, w_s | S | MFLOP a frame | " + " | ".join(titles.values()) + " |\n|" + "---|" * (4 + len(titles)) + "\n"
     lines = []
     for (arm, pair, s), cell in over_seeds(labelled(rows), "arm", "scales", "steps").items():
-        lines.append(f"| {arm} | {pair} | {s} | {cell['flops'].mean() / 1e6:.0f} | " + " | ".join(mean(cell[name]) for name in TITLES) + " |\n")
+        lines.append(f"| {arm} | {pair} | {s} | {cell['flops'].mean() / 1e6:.0f} | " + " | ".join(mean(cell[name]) for name in titles) + " |\n")
     return head + "".join(lines)
 
 
@@ -166,8 +169,7 @@ def losses_table(rows) -> str:
     for row in rows:
         ends.setdefault(row["arm"], []).append([row["end"].get(name, np.nan) for name in (*names, "canvas")])
     head = "| arm | seeds | " + " | ".join(f"diffusion loss at mask ratio {name.split('@')[1]}" for name in names) + " | error of the canvas |\n"
-    cell = lambda v: "" if np.isnan(v).any() else mean(v)
-    lines = [f"| {arm} | {len(of)} | " + " | ".join(map(cell, np.array(of).T)) + " |\n" for arm, of in ends.items()]
+    lines = [f"| {arm} | {len(of)} | " + " | ".join(map(mean, np.array(of).T)) + " |\n" for arm, of in ends.items()]
     return head + "|" + "---|" * (3 + len(names)) + "\n" + "".join(lines)
 
 

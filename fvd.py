@@ -88,9 +88,9 @@ def report(s):
     if "right" in s:
         own = lambda of: [v for k, v in of.items() if k.startswith("seed")]
         each = lambda of, form: ", ".join(form % v for v in own(of))
-        right, speed = s["right"], s["speed_ratio"]
-        print(f"frames with every object whole and in its colour: {np.mean(own(right)):.1%} ({each({k: 100 * v for k, v in right.items()}, '%.1f')}; "
-              f"real {right['real']:.1%}, reconstruction {right['reconstruction']:.1%})")  # fmt: skip
+        speed = s["speed_ratio"]
+        for of, title in ((s["right"], "frames with every object whole and in its colour"), (s["shaped"], "of all frames, those in which each has its shape, too")):
+            print(f"{title}: {np.mean(own(of)):.1%} ({each({k: 100 * v for k, v in of.items()}, '%.1f')}; real {of['real']:.1%}, reconstruction {of['reconstruction']:.1%})")
         print(f"gripper's speed over the real one: {np.mean(own(speed)):.3f} ({each(speed, '%.3f')}; reconstruction {speed['reconstruction']:.3f})")
     if "ends_apart" in s:
         real = f" (two futures that the simulator plays: {s['ends_apart_real']:.3f})" if "ends_apart_real" in s else ""
@@ -142,7 +142,8 @@ def run_sanity(args):
         table[kind] |= {score.upper(): float(of[kind].mean()) for score, of in got.frames.items() if kind in of}
         if got.objects:
             speed = np.nanmean(got.objects[kind]["speed"]) / np.nanmean(got.objects["real"]["speed"])
-            table[kind] |= {"right frames": float(got.objects[kind]["right"].mean()), "speed ratio": float(speed)}
+            own = got.objects[kind]
+            table[kind] |= {"right frames": float(own["right"].mean()), "and right shapes": float(own["shaped"].mean()), "speed ratio": float(speed)}
     file = sample.run_folder(args.ckpt) / "sanity.json"
     write_json(run.describe() | {"detectors": {d.name: {"is": d.label, "sha256": d.sha256} for d in detectors}, "table": table}, file)
     columns = list(table["samples"])
@@ -214,7 +215,7 @@ def sweep_columns(rows, detectors) -> dict:
     columns |= {name.upper(): lambda s, name=name: s[name]["each"] for name in metrics.BEST if name in first}
     if "right" in first:
         own = lambda of: [value for kind, value in of.items() if kind.startswith("seed")]
-        columns |= {"right frames": lambda s: own(s["right"]), "speed ratio": lambda s: own(s["speed_ratio"])}
+        columns |= {"right frames": lambda s: own(s["right"]), "and right shapes": lambda s: own(s["shaped"]), "speed ratio": lambda s: own(s["speed_ratio"])}
     return columns
 
 

@@ -207,7 +207,7 @@ def summarise(detectors, got: Collected, trajectories: list[str], pooled: bool, 
     if got.objects:
         kinds = [*trajectories, *(kind for kind in ("reconstruction",) if kind in got.objects)]
         speed = np.nanmean(got.objects["real"]["speed"])
-        result["right"] = {kind: float(got.objects[kind]["right"].mean()) for kind in ["real", *kinds]}
+        result |= {name: {kind: float(got.objects[kind][name].mean()) for kind in ["real", *kinds]} for name in ("right", "shaped")}
         result["speed_ratio"] = {kind: float(np.nanmean(got.objects[kind]["speed"]) / speed) for kind in kinds}
         if len(trajectories) > 1:
             ends = [got.objects[kind]["end"] for kind in trajectories[:2]]

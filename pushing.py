@@ -8,7 +8,7 @@ Nothing is downloaded: (seed, split, index) decides a clip. Our choice, for want
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -234,14 +234,38 @@ def right_frames(found: dict, state: State) -> np.ndarray:
     return whole.all(-1) & (found["area"][:, absent] < 0.25 * state.area().min()).all(-1)
 
 
+def shapes(video: np.ndarray, found: dict, state: State) -> np.ndarray:
+    """(T, bodies) how far each body has its own shape: 1 as it should be drawn, -1 as the other one (a square for a disc, a disc for a
+    square) of the same area, 0 half-way; NaN where it was not found. Blur and a wrong size hardly count.
+
+    video: (T, 3, H, W) in [-1, 1]; found: its `detect`. Both shapes are drawn where the body was found, all else as it should be, and
+    the frame is projected on the line between these two pictures.
+    """
+    place = np.stack([found["x"], found["y"]], -1)[:, state.colour]  # (T, bodies, 2)
+    state = replace(state, position=np.where(np.isnan(place), -1.0, place))  # what was not found is off the table
+    own, area, result = render(state, video.shape[-1]), state.area(), np.empty(place.shape[:2], np.float32)
+    unit = BLOCK[0] / replace(state, core=np.array([BLOCK[0]]), radius=np.array([BLOCK[1]])).area() ** 0.5  # core of a block of area 1
+    for body in range(len(area)):
+        core, radius = state.core.copy(), state.radius.copy()
+        square = (unit[0] * area[body] ** 0.5, BLOCK[1] / BLOCK[0] * unit[0] * area[body] ** 0.5)
+        core[body], radius[body] = (0.0, (area[body] / math.pi) ** 0.5) if core[body] else square
+        other = render(replace(state, core=core, radius=radius), video.shape[-1])
+        towards = own - other
+        result[:, body] = 2 * ((video - other) * towards).sum((1, 2, 3)) / np.maximum((towards**2).sum((1, 2, 3)), 1e-6) - 1
+    return np.where(np.isnan(place[..., 0]), np.nan, result)
+
+
 def gripper_speed(found: dict) -> np.ndarray:
     """(T-1,) distance the gripper's centre moves from frame to frame, in table widths; NaN where it was not found."""
     return np.hypot(np.diff(found["x"][:, 0]), np.diff(found["y"][:, 0]))
 
 
 def object_measures(clip: np.ndarray, state: State, context: int) -> dict[str, np.ndarray]:
-    """Of one clip, uint8 (T, H, W, 3): `right` (T - context,) for the predicted frames, `speed` of the gripper from the last
-    context frame on, in table widths a frame, and `end` (2,), where the gripper is in the last frame; NaN where it is lost."""
-    found = detect(np.moveaxis(clip, -1, -3) / np.float32(127.5) - 1)
-    end = np.array([found["x"][-1, 0], found["y"][-1, 0]])
-    return {"right": right_frames(found, state)[context:], "speed": gripper_speed(found)[max(context - 1, 0) :], "end": end}
+    """Of one clip, uint8 (T, H, W, 3): `right` (T - context,) for the predicted frames; `shaped`, those of them in which every body is
+    nearer to its own shape; `speed` of the gripper from the last context frame on, in table widths a frame, and `end` (2,), where the
+    gripper is in the last frame; NaN where it is lost."""
+    video = np.moveaxis(clip, -1, -3) / np.float32(127.5) - 1
+    found = detect(video)
+    right, end = right_frames(found, state), np.array([found["x"][-1, 0], found["y"][-1, 0]])
+    shaped = right & (shapes(video, found, state) > 0).all(-1)
+    return {"right": right[context:], "shaped": shaped[context:], "speed": gripper_speed(found)[max(context - 1, 0) :], "end": end}

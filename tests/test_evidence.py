@@ -44,11 +44,12 @@ def parts(plan):
 
 
 def test_arms_differ_in_what_their_names_say_and_the_deeper_one_has_as_many_parameters():
-    base = config.load(ROOT / "config.yaml")
+    flat, count = config.flat(config.load(ROOT / "config.yaml")), {}
+    base = config.load(ROOT / "config.yaml", evidence.words(evidence.BEFORE))
+    assert evidence.BEFORE | evidence.arms(base)["past noise x2, change of the last frame"] == {key: flat[key] for key in evidence.BEFORE}
     flat = config.flat(base)
-    count = {}
     for name, changes in evidence.arms(base).items():
-        cfg = config.load(ROOT / "config.yaml", [f"{k}={str(v).lower()}" for k, v in changes.items()])
+        cfg = config.load(ROOT / "config.yaml", evidence.words(evidence.BEFORE | changes))
         assert {k for k, v in config.flat(cfg).items() if v != flat[k]} <= set(changes)
         with torch.device("meta"):
             count[name] = sum(p.numel() for p in CanvasMAR(cfg).parameters())

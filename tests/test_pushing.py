@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pushing
-from pushing import Pushing, detect, gripper_speed, object_measures, render, right_frames
+from pushing import BLOCK, PUCK, Pushing, detect, gripper_speed, object_measures, render, right_frames, shapes
 from video import to_uint8
 
 
@@ -113,7 +113,7 @@ def test_real_clips_are_right_and_measured_as_the_simulator_moved(clips):
     for context in (0, 1, 4):
         for clip, state in clips:
             found, step = object_measures(clip, state, context), np.diff(state.position[:, 0], axis=0)[max(context - 1, 0) :]
-            assert found["right"].shape == (10 - context,) and found["right"].all()
+            assert found["right"].shape == found["shaped"].shape == (10 - context,) and found["right"].all() and found["shaped"].all()
             np.testing.assert_allclose(found["speed"], np.hypot(*step.T), atol=0.03)
             np.testing.assert_allclose(found["end"], state.position[-1, 0], atol=0.5 / 32)
 
@@ -136,7 +136,43 @@ def test_spoiled_frames_count_where_they_were_predicted(clips, index, context, s
     clip, state = clips[index]
     clip = clip.copy()
     clip[list(spoiled)] = 0
-    assert object_measures(clip, state, context)["right"].tolist() == [t not in spoiled for t in range(context, 10)]
+    for measure in ("right", "shaped"):
+        assert object_measures(clip, state, context)[measure].tolist() == [t not in spoiled for t in range(context, 10)]
+
+
+def exchanged(state):
+    """The same scene with discs for squares and squares for discs; the gripper stays."""
+    core, radius = np.array([(state.core[0], state.radius[0])] + [BLOCK if c == 0 else PUCK for c in state.core[1:]]).T
+    return dataclasses.replace(state, core=core, radius=radius)
+
+
+@pytest.mark.parametrize("keys", [(), ("data.size=64",), ("data.objects=4", "data.texture=0.3")], ids=["32", "64", "textures"])
+def test_shapes_are_told_apart_where_right_frames_do_not(keys):
+    world = Pushing(tiny("data.size=32", *keys).data, 0, "test", 6)
+    for index in range(30):
+        clip, state = world.clip(index).numpy(), world.state(index)
+        other = clip + render(exchanged(state), clip.shape[-1]) - render(state, clip.shape[-1])  # on the same table
+        own, wrong = (shapes(video, detect(video), state) for video in (clip, other))
+        assert own.shape == state.position.shape[:2] and (own > 0).all() and (wrong[:, 1:] < 0).all() and (wrong[:, 0] > 0).all()
+        measured = object_measures(to_uint8(torch.from_numpy(other)), state, 2)
+        assert measured["right"].mean() > 0.9 and not measured["shaped"].any()
+        blurred = (np.roll(clip, 1, -1) + 2 * clip + np.roll(clip, -1, -1)) / 4
+        assert (shapes(blurred, detect(clip), state)[:, 1:] > 0).all()
+
+
+@given(st.integers(0, 15), st.floats(0, 1))
+def test_a_shape_halfway_between_both_counts_as_halfway(clips, index, share):
+    clip, state = clips[index]
+    clip, other = render(state, 32), render(exchanged(state), 32)
+    found = detect(clip)
+    between = lambda share: shapes(clip + share * (other - clip), found, state)[:, 1:]
+    np.testing.assert_allclose(between(share), (1 - share) * between(0) + share * between(1), atol=1e-4)
+
+
+def test_the_shape_of_what_is_not_there_is_unknown(clips):
+    clip, state = clips[0]
+    empty = np.broadcast_to(2 * np.array(pushing.TABLE, np.float32)[:, None, None] - 1, (3, 3, 32, 32))
+    assert np.isnan(shapes(empty, detect(empty), state)).all()
 
 
 def test_another_future_shares_the_context_alone_and_is_as_lively():
