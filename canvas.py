@@ -190,7 +190,7 @@ class Cache:
 
 
 class Canvas(nn.Module):
-    """The canvas network: z_t and the frame before -> the canvas z_s (..., N, D) and its picture W z_s (..., N, C).
+    """The canvas network: z_t and the frame before, p -> the canvas z_s (..., N, D) and its picture W z_s, or p + W z_s, (..., N, C).
 
     Frame by frame, one shot, trained with L2: the mean over possible futures, so it is blurred. The output is normalised
     to unit variance per token, so that the noise of `perturb` has a known relative level.
@@ -218,7 +218,7 @@ def clip_generator(seed: int, clip: int, device="cpu") -> torch.Generator:
 
 @torch.no_grad()
 def validate(model: CanvasMAR, f, seed: int, ratios=(0.1, 0.3, 0.7, 1.0)) -> dict[str, float]:
-    """Losses on held-out latents f (B, T, N, C), nothing dropped, no noise on the canvas, the same draws every time.
+    """Losses on held-out latents f (B, T, N, C), nothing dropped, no noise on canvas or past, the same draws every time.
 
     `diffusion@r` is the diffusion loss at mask ratio r: it must fall with r, or the masked transformer ignores the tokens
     it is given. `canvas` and `copy` are the mean squared errors of the canvas and of repeating the frame before.

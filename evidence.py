@@ -64,7 +64,7 @@ SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=500, clips=96, ste
              levers=("no noise on the past",))  # fmt: skip
 MAIN = ("canvas", "uniform", "uniform, deeper")
 NOISE = ("canvas", "no noise", "noise x2")
-BEFORE = {"model.past_noise": 0.6, "model.canvas_change": False}  # what config.yaml had before the levers that won: its arms are changes of that
+BEFORE = {"model.past_noise": 0.6, "model.canvas_change": False}  # as it was before the levers that won: all arms are changes of that
 # What may differ between runs that are compared, beside what their arms say.
 APART = ("run", "device", "data.workers", "tokenizer.checkpoint", "train.compile", "train.recompute", "train.save_every", "train.preview_every", "train.keep")
 
@@ -114,8 +114,8 @@ def out_folder(plan) -> Path:
 
 
 def before(plan) -> dict:
-    """The keys in which what all arms are changes of differs from the configuration file."""
-    return (BEFORE if plan.config == Plan.config else {}) | ({"train.steps": plan.train_steps} if plan.train_steps else {})
+    """What all arms are changes of, beside the configuration file."""
+    return BEFORE | ({"train.steps": plan.train_steps} if plan.train_steps else {})
 
 
 def words(keys: dict) -> list[str]:
@@ -251,7 +251,8 @@ class Rows:
         tensors = [*run.model.state_dict().values(), *run.tokenizer.state_dict().values()]
         weights = hashlib.sha256(b"".join(t.float().cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16]
         key = json.loads(json.dumps(key | {"weights": weights, "clips": self.plan.clips}))
-        if found := [row for row in self.rows if key.items() <= row.items()]:
+        whole = lambda row: ("right" in row) == ("shaped" in row)  # rows of objects that were stored before shapes were scored
+        if found := [row for row in self.rows if key.items() <= row.items() and whole(row)]:
             self.asked.append(found[0])
             return found[0]
         said = ("arm", "seed", "clip", "steps", "cfg_temporal", "cfg_canvas", "order")
@@ -419,7 +420,7 @@ def main():
     parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("parts", nargs="*", help=f"train, {', '.join(PARTS)} (default: all), draw")
     parser.add_argument("--small", action="store_true", help="fewer seeds, training steps, clips and scales")
-    parser.add_argument("--config", default=Plan.config, help="what the arm with a canvas is")
+    parser.add_argument("--config", default=Plan.config, help="what all arms are changes of, but for the two keys of BEFORE in evidence.py")
     parser.add_argument("--name", help="of the folders in runs/ and results/")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
     args = parser.parse_args()

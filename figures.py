@@ -12,7 +12,7 @@ def over_seeds(rows, *keys) -> dict:
     for row in rows:
         cell = found.setdefault(tuple(row[k] for k in keys), {name: [] for name in ("flops", "floor", "right_by_frame", *TITLES)})
         for name, values in cell.items():
-            values.append(row.get(name, np.nan))  # rows stored before there was such a score
+            values.append(row.get(name, np.nan) if name == "shaped" else row[name])  # older rows lack it
     return {key: {name: np.array(values) for name, values in cell.items()} for key, cell in found.items()}
 
 

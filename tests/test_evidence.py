@@ -50,7 +50,7 @@ def test_arms_differ_in_what_their_names_say_and_the_deeper_one_has_as_many_para
     flat = config.flat(base)
     for name, changes in evidence.arms(base).items():
         cfg = config.load(ROOT / "config.yaml", evidence.words(evidence.BEFORE | changes))
-        assert {k for k, v in config.flat(cfg).items() if v != flat[k]} <= set(changes)
+        assert {k for k, v in config.flat(cfg).items() if v != flat[k]} == set(changes)
         with torch.device("meta"):
             count[name] = sum(p.numel() for p in CanvasMAR(cfg).parameters())
     assert evidence.arms(base)["canvas"] == {} and set(evidence.MAIN + evidence.NOISE) <= count.keys()
