@@ -95,7 +95,7 @@ class Bench:
             if self.seconds(products[n]) > 0.2:  # bf16 where a CPU has no instructions for it: a hundred times slower
                 break
         seconds = self.in_turns(products, 10)
-        n = max(sizes, key=lambda n: n**3 / seconds[n])
+        n = max(products, key=lambda n: n**3 / seconds[n])
         return products[n], 2 * n**3
 
     def headline(self, peak):
