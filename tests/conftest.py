@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from hypothesis import settings
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: with models this small more threads only wait for each other
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
