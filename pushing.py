@@ -244,12 +244,11 @@ def shapes(video: np.ndarray, found: dict, state: State) -> np.ndarray:
     place = np.stack([found["x"], found["y"]], -1)[:, state.colour]  # (T, bodies, 2)
     state = replace(state, position=np.where(np.isnan(place), -1.0, place))  # what was not found is off the table
     own, area, result = render(state, video.shape[-1]), state.area(), np.empty(place.shape[:2], np.float32)
-    unit = BLOCK[0] / replace(state, core=np.array([BLOCK[0]]), radius=np.array([BLOCK[1]])).area() ** 0.5  # core of a block of area 1
     for body in range(len(area)):
         core, radius = state.core.copy(), state.radius.copy()
-        square = (unit[0] * area[body] ** 0.5, BLOCK[1] / BLOCK[0] * unit[0] * area[body] ** 0.5)
-        core[body], radius[body] = (0.0, (area[body] / math.pi) ** 0.5) if core[body] else square
-        other = render(replace(state, core=core, radius=radius), video.shape[-1])
+        core[body], radius[body] = PUCK if core[body] else BLOCK
+        scale = np.sqrt(area / replace(state, core=core, radius=radius).area())  # 1 but for this body
+        other = render(replace(state, core=scale * core, radius=scale * radius), video.shape[-1])
         towards = own - other
         result[:, body] = 2 * ((video - other) * towards).sum((1, 2, 3)) / np.maximum((towards**2).sum((1, 2, 3)), 1e-6) - 1
     return np.where(np.isnan(place[..., 0]), np.nan, result)
