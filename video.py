@@ -263,7 +263,8 @@ def _crop(frame, size):
     """Scale the short side to `size` by averaging areas, cut the centre out, turn it as the file's metadata says."""
     scale = size / min(frame.width, frame.height)
     width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
-    image = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
+    # one thread: PyAV keeps a thread's scaler, and a forked worker would wait for helpers that were not forked with it
+    image = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA", threads=1).to_ndarray()
     top, left = (height - size) // 2, (width - size) // 2
     return np.rot90(image[top : top + size, left : left + size], round(frame.rotation / 90))  # both anticlockwise
 
