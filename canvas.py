@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import nn
 
 import config
+from choice import REPEAT, Choice
 from diffloss import DiffLoss
 from mar import MAR, Block, choose_masked, mask_ratio, masked_count, rotate, take
 
@@ -28,6 +29,7 @@ class CanvasMAR(nn.Module):
         self.null = nn.Parameter(torch.zeros(m.width))  # stands for a dropped z_t
         self.temporal = Temporal(channels, m.width, m.heads, m.temporal_depth, grid, m.window)
         self.canvas = Canvas(channels, m.width, m.heads, m.canvas_depth, grid, m.canvas_change) if m.canvas else None
+        self.choice = Choice(channels, self.tokens, m) if m.canvas_latent else None
         self.mar = MAR(channels, m.width, m.heads, m.mar_depth, grid, m.canvas_under)
         self.head = DiffLoss(channels, m.width, m.head_width, m.head_depth)
         for block in (part for part in self.modules() if isinstance(part, Block)):
@@ -36,33 +38,36 @@ class CanvasMAR(nn.Module):
     def forward(self, f, draws: "Draws"):
         """L = L_diff + lambda L_canvas. Logs: loss, diffusion and, with a canvas, canvas and copy (the mean squared
         error of the canvas and of the frame before, over frames that have one)."""
-        z_t, z_s, canvas_loss, logs = self.conditions(f, draws)
+        z_t, z_s, others, logs = self.conditions(f, draws)
         masked = torch.zeros(f.shape[:3], dtype=torch.bool, device=f.device).flatten(1).scatter(1, draws.masked, True)
         frames = partial(rearrange, pattern="b t n d -> (b t) n d")
         # The last MLP and the head run on the masked tokens only, always K of them.
         c = self.mar(frames(f), masked.view(-1, self.tokens), frames(z_t), frames(z_s), draws.masked)  # (B, K, D)
         diffusion = self.head.loss(take(f.flatten(1, 2), draws.masked), c, draws.tau, draws.eps).mean()
-        loss = diffusion + self.cfg.canvas_weight * canvas_loss
+        loss = diffusion + others
         return loss, {"loss": loss.detach(), "diffusion": diffusion.detach(), **logs}
 
     def conditions(self, f, draws: "Draws"):
-        """What the masked transformer is told: z_t and z_s (B, T, N, D), noisy and dropped as the draws say; L_canvas and its logs."""
+        """What the masked transformer is told: z_t and z_s (B, T, N, D), noisy and dropped as the draws say; lambda L_canvas (and what `Choice` adds) and its logs."""
         past = f[:, :-1] + draws.past if self.cfg.past_noise else f[:, :-1]
         p = torch.cat([self.start.expand(len(f), 1, -1, -1), past], dim=1)  # (B, T, N, C) the frame before each
         z_t = self.temporal(p)  # (B, T, N, D)
-        logs, canvas_loss = {}, f.new_zeros(())
+        logs, others, kept = {}, f.new_zeros(()), ~draws.drop_temporal[:, None, None, None]
+        told = torch.where(kept, z_t, self.null.to(z_t.dtype))
         if self.canvas is None:
             z_s = torch.zeros_like(z_t)  # the plain [MASK] token: the baseline
         else:
-            z_s, guess = self.canvas(z_t, p)  # (B, T, N, D), (B, T, N, C)
+            before = torch.cat([p[:, :1], f[:, :-1]], dim=1)  # without noise
+            read, others, logs = self.choice(f, before, z_t, told, draws) if self.choice else (z_t, 0, {})
+            told = torch.where(kept, read, self.null.to(z_t.dtype)) if self.cfg.choice_tells == "both" else told
+            z_s, guess = self.canvas(read, p)  # (B, T, N, D), (B, T, N, C)
             error = (guess.float() - f).square()
-            canvas_loss = error.mean()
-            logs = {"canvas": error[:, 1:].mean().detach(), "copy": (f[:, 1:] - f[:, :-1]).square().mean()}
+            others = self.cfg.canvas_weight * error.mean() + others
+            logs |= {"canvas": error[:, 1:].mean().detach(), "copy": (f[:, 1:] - f[:, :-1]).square().mean()}
             z_s = z_s if self.cfg.canvas_gradient else z_s.detach()
             z_s = self.seen(z_s, guess, draws.sigma, draws.noise)
             z_s = torch.where(draws.drop_canvas[:, None, None, None], torch.zeros_like(z_s), z_s)
-        z_t = torch.where(draws.drop_temporal[:, None, None, None], self.null.to(z_t.dtype), z_t)
-        return z_t, z_s, canvas_loss, logs
+        return told, z_s, others, logs
 
     def seen(self, z_s, guess, sigma=None, noise=None):
         """What the masked transformer sees of the canvas (z_s, guess), with canvas augmentation if sigma and noise are given."""
@@ -97,6 +102,10 @@ class CanvasMAR(nn.Module):
             drop_temporal=drop[:, 0] < m.drop_temporal,
             drop_canvas=drop[:, 1] < m.drop_canvas,
             past=m.past_noise * each(torch.rand, frames - 1)[..., None, None] * each(torch.randn, frames - 1, n, self.channels),
+            w_noise=each(torch.randn, frames, m.canvas_latent),
+            w_tau=each(torch.rand, REPEAT * bool(m.canvas_latent), frames),
+            w_eps=each(torch.randn, REPEAT * bool(m.canvas_latent), frames, m.canvas_latent),
+            w_told=each(torch.rand, frames * bool(m.canvas_latent)) >= m.drop_choice,
         )
 
 
@@ -112,11 +121,15 @@ class Draws:
     drop_temporal: torch.Tensor  # (B,) bool
     drop_canvas: torch.Tensor  # (B,) bool
     past: torch.Tensor  # (B, T-1, N, C) noise on the frames that are looked back at, its level uniform in [0, past_noise) a frame
+    w_noise: torch.Tensor  # (B, T, L) standard normal, the noise of `Choice`; L = canvas_latent, 0 without
+    w_tau: torch.Tensor  # (B, R, T) in [0, 1) and
+    w_eps: torch.Tensor  # (B, R, T, L) standard normal, of its prior's loss
+    w_told: torch.Tensor  # (B, T) bool, whether the canvas is told w
 
     def undropped(self) -> "Draws":
         """The same draws with both conditions kept and no noise: what sampling sees."""
         keep = torch.zeros_like(self.drop_temporal)
-        return replace(self, sigma=torch.zeros_like(self.sigma), drop_temporal=keep, drop_canvas=keep, past=torch.zeros_like(self.past))
+        return replace(self, sigma=torch.zeros_like(self.sigma), drop_temporal=keep, drop_canvas=keep, past=torch.zeros_like(self.past), w_told=torch.ones_like(self.w_told))
 
 
 def perturb(z_s, sigma, noise):

@@ -145,8 +145,14 @@ class Model:
     canvas_change: bool = field(metadata={"before": False})
     canvas_under: bool = field(metadata={"before": False})
     canvas_as: str = one_of("features", "picture", before="features")
+    canvas_latent: int = field(metadata={"low": 0, "high": 4096, "before": 0})
+    choice_noise: float = field(metadata={"low": 0, "high": math.inf, "before": 0.2})
+    choice_weight: float = field(metadata={"low": 0, "high": math.inf, "before": 0.1})
+    choice_reads: str = one_of("tokens", "mean", before="tokens")
+    choice_tells: str = one_of("canvas", "both", before="canvas")
     drop_temporal: float = within(0, 1)
     drop_canvas: float = within(0, 1)
+    drop_choice: float = field(metadata={"low": 0, "high": 1, "before": 0.3})
     diffusion_repeat: int = within(1, 1024)
 
 
@@ -178,6 +184,8 @@ class Sample:
     solver_steps: int = within(1, 65536)
     cfg_temporal: float
     cfg_canvas: float
+    cfg_choice: float = field(metadata={"before": 1.0})
+    choice_steps: int = field(metadata={"low": 1, "high": 65536, "before": 10})
     order: str = one_of("random", "motion")
 
 
@@ -284,6 +292,10 @@ def check(cfg: Config) -> None:
     if s.steps > cfg.grid**2:
         raise UserError(f"sample.steps={s.steps} is more than the {cfg.grid**2} tokens of a frame "
                         f"(data.size={d.size}, tokenizer.stride={t.stride})")
+    if m.canvas_latent and not m.canvas:
+        raise UserError(f"model.canvas_latent={m.canvas_latent} needs the canvas (model.canvas=true), which it tells what to show")
+    if m.canvas_latent and not m.choice_noise:
+        raise UserError("model.choice_noise=0 lets w hold any amount of the frame; it must be above 0 where model.canvas_latent is")
     if s.order == "motion" and not m.canvas:
         raise UserError("sample.order=motion needs the canvas (model.canvas=true) to tell what will move")
     if d.name != "pushing" and not d.path:

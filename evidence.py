@@ -11,6 +11,7 @@ many test clips as the plan says; scales are chosen on others, that lie between 
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -32,7 +33,7 @@ import flops
 import metrics
 import sample
 import storage
-from canvas import CanvasMAR
+from canvas import CanvasMAR, clip_generator
 from config import UserError
 from fvd import write_json
 from protocols import Run, collect, held_out_losses, summarise
@@ -64,6 +65,7 @@ SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=500, clips=96, ste
              levers=("no noise on the past",))  # fmt: skip
 MAIN = ("canvas", "uniform", "uniform, deeper")
 NOISE = ("canvas", "no noise", "noise x2")
+CHOICE = ("w of 16", "past noise x2, change of the last frame", "past noise x2, uniform, deeper")
 BEFORE = {"model.past_noise": 0.6, "model.canvas_change": False}  # as it was before the levers that won: all arms are changes of that
 # What may differ between runs that are compared, beside what their arms say.
 APART = ("run", "device", "data.workers", "tokenizer.checkpoint", "train.compile", "train.recompute", "train.save_every", "train.preview_every", "train.keep")
@@ -74,6 +76,8 @@ def arms(cfg) -> dict:
     m, off = cfg.model, {"model.canvas": False}
     deeper = off | {"model.mar_depth": m.mar_depth + m.canvas_depth}  # as many parameters as with a canvas
     clean, noisy, harder = {"model.past_noise": 0.0}, {"model.past_noise": 2 * m.past_noise}, {"data.objects": 4, "data.texture": 0.3}
+    won = noisy | {"model.canvas_change": True}  # the levers that won: config.yaml
+    w = lambda size, **keys: won | {"model.canvas_latent": size} | {f"model.choice_{key}": value for key, value in keys.items()}
     full = {
         "canvas": {},
         "uniform": off,
@@ -84,8 +88,9 @@ def arms(cfg) -> dict:
         "no noise on the past, uniform": clean | off,
         "no noise on the past, uniform, deeper": clean | deeper,
         "no noise on the past, canvas as a picture": clean | {"model.canvas_as": "picture"},
-        "past noise x2, change of the last frame": noisy | {"model.canvas_change": True},  # the levers that won: config.yaml
+        "past noise x2, change of the last frame": won,
         "past noise x2, uniform, deeper": noisy | deeper,
+        "w of 16": w(16),
     }
     half = {  # most levers have half the training, so twice the training is a lever, too
         "canvas": {},
@@ -101,6 +106,8 @@ def arms(cfg) -> dict:
         "depth moved": {"model.canvas_depth": 2 * m.canvas_depth, "model.mar_depth": max(1, m.mar_depth - 1)},
         "harder data": harder,
         "harder data, uniform, deeper": harder | deeper,
+        **{f"w of {size}": w(size) for size in (0, 4, 8, 16, 32)},
+        **{f"w of 16, {key} {value}": w(16, **{key: value}) for key, value in (("weight", 0.0), ("weight", 1.0), ("noise", 0.5), ("tells", "both"), ("reads", "mean"))},
     }
     return full | {f"half: {name}": keys | {"train.steps": max(1, cfg.train.steps // 2)} for name, keys in half.items()}
 
@@ -223,7 +230,7 @@ def score(run, opts, samples) -> dict:
     sets = s["detectors"]["offline"]
     return {
         "frechet": sets["mean"]["frechet"], "right": own(s["right"]), "shaped": own(s["shaped"]), "speed": own(s["speed_ratio"]), "psnr": s["psnr"][f"best_of_{len(kinds)}"],
-        "spread": s["ends_apart"] / s["ends_apart_real"] if samples > 1 else None, "floor": sets["floor"]["frechet"],
+        "spread": s["ends_apart"] / s["ends_apart_real"] if samples > 1 else None, "floor": sets["floor"]["frechet"], "end_error": s.get("end_error"),
         "right_by_frame": np.mean([got.objects[kind]["right"].mean(0) for kind in kinds], 0).tolist(),
     }  # fmt: skip
 
@@ -366,12 +373,47 @@ def levers(plan, rows):
     and, unless training was halved, without guidance."""
     best = best_scales(plan)
     rows.rows += Rows(plan, "steps").rows
-    for arm, seed in trainings(plan):
+    for arm, seed in (key for key in trainings(plan) if "w of" not in key[0]):  # those are in `choice`
         run = open_run(plan, arm, seed)
         own = best[MAIN[0 if run.cfg.model.canvas else -1]]
         for pair in dict.fromkeys([own] if arm.startswith("half") else [(1.0, 1.0), own]):
             for s in (1, 4):
                 rows.sample(run, arm, seed, steps=s, **scales(*pair))
+
+
+def choice(plan, rows):
+    """Ours, `choice.py`: few steps with a canvas that chooses one future, with the paper's and without one, each at its own best scale
+    for each S, chosen as in `guidance`; best of ten futures; what its parts and sizes do, with half the training."""
+    for arm, s in itertools.product(CHOICE, plan.steps[:4]):
+        tuned = {w: [rows.sample(open_run(plan, arm, seed, tune=True), arm, seed, 1, steps=s, **scales(w, w)) for seed in plan.seeds] for w in plan.scales}
+        w = max(tuned, key=lambda w: np.mean([merit(row) for row in tuned[w]]))
+        for seed in plan.seeds:
+            rows.sample(open_run(plan, arm, seed), arm, seed, 10, steps=s, **scales(w, w))
+    for arm, seed in trainings(plan):
+        if arm.startswith("half: w of"):
+            run = open_run(plan, arm, seed)
+            for s, w in itertools.product((1, 4), (1.0, 1.5)):
+                rows.sample(run, arm, seed, steps=s, **scales(w, w))
+
+
+@torch.no_grad()
+def futures(plan, rows, columns=8):
+    """One context, several w: the canvas and the frame in one spatial step. Some drawn, then along the direction in which 64 of these
+    differ most, from -2 to 2 standard deviations. The noise of the refinement is the same everywhere."""
+    run, pictures = open_run(plan, CHOICE[0], plan.seeds[0]), []
+    model, index, opts = run.model, run.indices[len(run.indices) // 3], replace(run.cfg.sample, steps=1)
+    real = run.test.clip(index)[None, : opts.context + 1]
+    past = torch.cat([model.start.expand(1, 1, -1, -1), run.tokenizer.encode(real[:, :-1].to(run.device))], 1).expand(64, -1, -1, -1)
+    z_t = model.temporal(past)[:, -1]
+    drawn = sample.choose(model, z_t, torch.randn(64, model.cfg.canvas_latent, generator=torch.Generator().manual_seed(0)).to(run.device), opts)
+    _, size, directions = torch.linalg.svd(drawn - drawn.mean(0), full_matrices=False)
+    walk = drawn.mean(0) + torch.linspace(-2, 2, columns, device=run.device)[:, None] * size[0] / 63**0.5 * directions[0]
+    for w in (drawn[:columns], walk):
+        frame = sample.draw_frame(model, z_t[:columns], past[:columns, -1], opts, [clip_generator(0, index) for _ in w], w)
+        for latents in (frame.canvas, frame.latent):
+            pictures.append([to_uint8(real)[0, opts.context - len(pictures) % 2], *to_uint8(run.tokenizer.decode(latents[:, None]))[:, 0]])
+    rows.add(run, {"arm": CHOICE[0], "clip": index, "frame": opts.context + 1, "sampling": asdict(opts)}, dict)
+    sample.figure(pictures, ["real: before, next"], ["canvas", "S = 1"] * 2, out_folder(plan) / "futures.png")
 
 
 def strip(plan, rows, clips=3, ahead=6):
@@ -390,7 +432,7 @@ def strip(plan, rows, clips=3, ahead=6):
     sample.figure(pictures, titles, [arm.replace(", ", "\n") for arm in MAIN] * clips, out_folder(plan) / "strip.png")
 
 
-PARTS = {"guidance": guidance, "steps": steps, "length": length, "order": order, "losses": losses, "strip": strip, "levers": levers}
+PARTS = {"guidance": guidance, "steps": steps, "length": length, "order": order, "losses": losses, "strip": strip, "levers": levers, "choice": choice, "futures": futures}
 
 
 def draw(plan, name, rows):
@@ -434,7 +476,7 @@ def main():
     plan = SMALL if args.small else Plan()
     options = "--small " * args.small + f"--config {args.config} " * (args.config != Plan.config) + f"--name {args.name} " * bool(args.name)
     plan = replace(plan, config=args.config, name=args.name or plan.name, jobs=args.jobs, options=options)
-    for name in args.parts or parts:
+    for name in args.parts or [part for part in parts if not args.small or part not in ("choice", "futures")]:
         do(plan, name)
     print(f"the results are in {out_folder(plan)}")
 

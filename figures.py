@@ -3,7 +3,7 @@
 import numpy as np
 
 TITLES = {"frechet": "Fréchet distance (offline, not FVD)", "right": "right frames", "shaped": "and right shapes", "speed": "speed over the real one",
-          "psnr": "PSNR, best of the samples, dB", "spread": "spread of end positions over the real one"}  # fmt: skip
+          "psnr": "PSNR, best of the samples, dB", "spread": "spread of end positions over the real one", "end_error": "error of the end position, best of the samples, table widths"}  # fmt: skip
 
 
 def over_seeds(rows, *keys) -> dict:
@@ -12,7 +12,7 @@ def over_seeds(rows, *keys) -> dict:
     for row in rows:
         cell = found.setdefault(tuple(row[k] for k in keys), {name: [] for name in ("flops", "floor", "right_by_frame", *TITLES)})
         for name, values in cell.items():
-            values.append(row.get(name, np.nan) if name == "shaped" else row[name])  # older rows lack it
+            values.append(np.nan if row.get(name) is None else row[name])  # older rows lack some
     return {key: {name: np.array(values) for name, values in cell.items()} for key, cell in found.items()}
 
 
@@ -61,7 +61,7 @@ def against(ax, cells, name, x=None):
 
 def labelled(rows):
     """The rows with their guidance in words."""
-    return [row | {"scales": f"({row['cfg_temporal']:g}, {row['cfg_canvas']:g})"} for row in rows]
+    return [{"scales": f"({row['cfg_temporal']:g}, {row['cfg_canvas']:g})"} | row for row in rows]
 
 
 def draw_guidance(rows, path):
@@ -84,14 +84,19 @@ def draw_guidance(rows, path):
     fig.savefig(path, dpi=110)
 
 
-def draw_steps(rows, path):
+def draw_steps(rows, path, names=("frechet", "right", "speed", "psnr")):
     """Scores against spatial steps above, against cost below."""
-    cells, names = over_seeds(labelled(rows), "arm", "scales", "steps"), ("frechet", "right", "speed", "psnr")
+    cells = over_seeds(labelled(rows), "arm", "scales", "steps")
     fig, axes = panels(2 * len(names))
     for upper, lower, name in zip(axes, axes[len(names) :], names):
         against(upper, cells, name), against(lower, cells, name, "flops")
     axes[0].legend(fontsize=6)
     fig.savefig(path, dpi=110)
+
+
+def draw_choice(rows, path):
+    """What was scored with ten samples, each arm and S at its own best scales."""
+    draw_steps([row | {"scales": ""} for row in rows if row["samples"] == 10], path, ("frechet", "right", "spread", "end_error"))
 
 
 def draw_length(rows, path):
@@ -173,5 +178,5 @@ def losses_table(rows) -> str:
     return head + "|" + "---|" * (3 + len(names)) + "\n" + "".join(lines)
 
 
-DRAWN = {"guidance": draw_guidance, "steps": draw_steps, "length": draw_length, "order": draw_order, "losses": draw_losses}
-TABLES = {"steps": lambda rows: table(rows) + differences(rows), "levers": table, "losses": losses_table}
+DRAWN = {"guidance": draw_guidance, "steps": draw_steps, "length": draw_length, "order": draw_order, "losses": draw_losses, "choice": draw_choice}
+TABLES = {"steps": lambda rows: table(rows) + differences(rows), "levers": table, "losses": losses_table, "choice": lambda rows: table([row for row in rows if row["samples"] > 1])}

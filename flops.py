@@ -139,6 +139,8 @@ def watched(model, read):
     watch(model.temporal, "forward", "temporal")
     if model.canvas:
         watch(model.canvas, "forward", "canvas")
+    if model.choice:
+        watch(model.choice.read, "forward", "prior"), watch(model.choice.prior, "condition", "prior"), watch(model.choice.prior, "velocity", "prior")
     watch(model.mar, "forward", "masked transformer")
     watch(model.head.condition, "forward", "head"), watch(model.head, "velocity", "head")
     try:

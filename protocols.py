@@ -213,6 +213,8 @@ def summarise(detectors, got: Collected, trajectories: list[str], pooled: bool, 
             ends = [got.objects[kind]["end"] for kind in trajectories[:2]]
             apart = lambda a, b: float(np.nanmean(np.linalg.norm(a - b, axis=-1)))
             result["ends_apart"] = apart(*ends)
+            off = [np.linalg.norm(got.objects[kind]["end"] - got.objects["real"]["end"], axis=-1) for kind in trajectories]
+            result["end_error"] = float(np.nanmean(np.fmin.reduce(off)))  # of the best sample
             if "other future" in got.objects:
                 result["ends_apart_real"] = apart(got.objects["real"]["end"], got.objects["other future"]["end"])
     return result

@@ -58,15 +58,21 @@ def generate(model: CanvasMAR, context, opts: config.Sample, seed: int, clips):
         yield frame
 
 
-def draw_frame(model, z_t, previous, opts, streams) -> Frame:
-    """Masked generation of one frame. z_t (B, N, D), previous (B, N, C). The canvas runs once, MAR once a spatial step."""
+def draw_frame(model, z_t, previous, opts, streams, w=None) -> Frame:
+    """Masked generation of one frame. z_t (B, N, D), previous (B, N, C). The canvas runs once, MAR once a spatial step.
+    w (B, L): the future to show, where there is a choice, instead of one that is drawn."""
     batch, tokens, channels = previous.shape
     noise = to_device([torch.rand(tokens, generator=g) for g in streams], previous.device)
     eps = to_device([torch.randn(tokens, channels, generator=g) for g in streams], previous.device)
     if model.canvas is None:
         z_s, canvas = torch.zeros_like(z_t), None
     else:
-        z_s, canvas = model.canvas(z_t, previous)
+        read = z_t
+        if model.choice:
+            w = choose(model, z_t, to_device([torch.randn(model.cfg.canvas_latent, generator=g) for g in streams], z_t.device), opts) if w is None else w
+            read = z_t + model.choice.enter(w)[:, None]
+            z_t = read if model.cfg.choice_tells == "both" else z_t
+        z_s, canvas = model.canvas(read, previous)
         z_s, canvas = model.seen(z_s, canvas), canvas.float()
     order = random_order(noise) if opts.order == "random" else motion_order(canvas, previous, noise)
 
@@ -82,6 +88,13 @@ def draw_frame(model, z_t, previous, opts, streams) -> Frame:
         steps.append(f if canvas is None else torch.where(known[..., None], f, canvas))
         begin = end
     return Frame(f, canvas, steps)
+
+
+def choose(model, z_t, eps, opts):
+    """The latent w (B, L) that tells the canvas which future to show, drawn from its prior. z_t (B, N, D), eps (B, L) standard normal."""
+    null, scale = model.null.to(z_t.dtype).expand_as(z_t), opts.cfg_choice
+    weights, told = zip(*(pair for pair in ((scale, z_t), (1 - scale, null)) if pair[0]))
+    return solve(guided(model.choice.prior, model.choice.read(torch.cat(told)), weights), eps, opts.choice_steps, opts.solver)
 
 
 def to_device(rows, device):

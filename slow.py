@@ -10,7 +10,7 @@ from mar import motion_order, random_order, reveal_schedule, rotate, take
 
 def loss_everywhere(model, f, draws):
     """The slow twin of `CanvasMAR.forward`: the last MLP and the head run on all tokens, and the masked ones' losses are picked."""
-    z_t, z_s, canvas_loss, _ = model.conditions(f, draws)
+    z_t, z_s, others, _ = model.conditions(f, draws)
     clips, places = len(f), f.shape[1] * model.tokens
     masked = torch.zeros(clips, places, dtype=torch.bool, device=f.device).scatter(1, draws.masked, True)
     everywhere = torch.arange(places, device=f.device).expand(clips, -1)
@@ -19,7 +19,7 @@ def loss_everywhere(model, f, draws):
     tau = draws.tau.new_zeros(*at.shape[:2], places).scatter(2, at, draws.tau)
     eps = draws.eps.new_zeros(*tau.shape, model.channels).scatter(2, at[..., None].expand_as(draws.eps), draws.eps)
     each = model.head.loss(f.flatten(1, 2), c, tau, eps)  # (B, T*N)
-    return each.gather(1, draws.masked).mean() + model.cfg.canvas_weight * canvas_loss
+    return each.gather(1, draws.masked).mean() + others
 
 
 def masked_attention(temporal, frames, device):
@@ -43,9 +43,16 @@ def slow_frames(model, context, opts, seed, clips):
     w_t, w_s = opts.cfg_temporal, opts.cfg_canvas if model.canvas else opts.cfg_temporal
     for _ in range(opts.frames - opts.context):
         z_t, previous = model.temporal(past)[:, -1], past[:, -1]
-        z_s, canvas = model.canvas(z_t, previous) if model.canvas else (torch.zeros_like(z_t), None)
         noise = torch.stack([torch.rand(model.tokens, generator=g) for g in streams]).to(context.device)
         eps = torch.stack([torch.randn(model.tokens, model.channels, generator=g) for g in streams]).to(context.device)
+        read = z_t
+        if model.choice:
+            choice, x = model.choice, torch.stack([torch.randn(model.cfg.canvas_latent, generator=g) for g in streams]).to(context.device)
+            c, none, w = choice.read(z_t), choice.read(model.null.expand_as(z_t)), opts.cfg_choice
+            v = lambda x, tau: sum(a * choice.prior(x, x.new_full(x.shape[:-1], tau), b).float() for a, b in ((w, c), (1 - w, none)))
+            read = z_t + choice.enter(solve(v, x, opts.choice_steps, opts.solver))[:, None]
+            z_t = read if model.cfg.choice_tells == "both" else z_t
+        z_s, canvas = model.canvas(read, previous) if model.canvas else (torch.zeros_like(z_t), None)
         order = random_order(noise) if opts.order == "random" else motion_order(canvas, previous, noise)
         f, known, begin, all_of_them = torch.zeros_like(previous), torch.zeros_like(order, dtype=torch.bool), 0, torch.arange(model.tokens, device=context.device)
         for end in reveal_schedule(model.tokens, opts.steps, opts.order):

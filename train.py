@@ -233,7 +233,7 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
     try:
         for step in range(first + 1, stage.steps + 1):
             for group in optimizer.param_groups:
-                group["lr"] = stage.lr * lr_share(step, t.warmup, stage.steps)
+                group["lr"] = group.get("scale", 1.0) * stage.lr * lr_share(step, t.warmup, stage.steps)
             loss, logs = backward(cfg, machine, stage, wrapped, batches)
             norm = update(net, ema, optimizer, t.clip, ema_decay(step, t.ema))
             bad = torch.where((bad == 0) & ~torch.isfinite(loss + norm), step, bad)
@@ -324,9 +324,11 @@ def last_checkpoint(cfg, stage) -> str:
 
 def make_optimizer(net, lr, weight_decay, device):
     """AdamW; matrices and convolutions decay, vectors do not."""
-    groups = [[p for p in net.parameters() if (p.dim() >= 2) == large] for large in (True, False)]
-    decays = [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(decays, lr=lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+    groups = {}  # by whether they decay and by their share of the learning rate, which `Choice` sets
+    for p in sorted(net.parameters(), key=lambda p: p.dim() < 2):
+        groups.setdefault((p.dim() >= 2, getattr(p, "lr_scale", 1.0)), []).append(p)
+    parts = [{"params": of, "weight_decay": weight_decay * large, "scale": scale} for (large, scale), of in groups.items()]
+    return torch.optim.AdamW(parts, lr=lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
 
 
 def lr_share(step: int, warmup: int, steps: int) -> float:

@@ -32,7 +32,8 @@ def plan(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(evidence, "MAIN", ("canvas", "uniform"))
         patch.setattr(evidence, "NOISE", ("canvas",))
-        levers = ("half: harder data",)
+        patch.setattr(evidence, "CHOICE", ("w of 16", "canvas"))
+        levers = ("half: harder data", "w of 16", "half: w of 4")
         plan = evidence.Plan("tiny.yaml", "t", (0, 1), (0,), levers, 4, 6, 2, (1, 2), (1.0, 1.5), (1.0, 1.5), 2)
         evidence.do(plan, "train")
         yield plan
@@ -89,7 +90,7 @@ def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(pla
     out = Path("results/t")
     pictures = {file.stem for file in out.glob("*.png")}
     written = {file.stem for file in out.glob("*.json")}
-    assert pictures == written - {"levers"} and written == set(evidence.PARTS) and {file.stem for file in out.glob("*.md")} == {"steps", "losses", "levers"}
+    assert pictures == written - {"levers"} and written == set(evidence.PARTS) and {file.stem for file in out.glob("*.md")} == {"steps", "losses", "levers", "choice"}
     stored = {name: json.loads((out / f"{name}.json").read_text()) for name in written}
     for name, content in stored.items():
         assert content["command"] == f"python evidence.py {name}" and content["plan"]["clips"] == 6 and content["machine"]
@@ -111,9 +112,9 @@ def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(pla
     line = next(line for line in (out / "steps.md").read_text().splitlines() if line.startswith("| uniform | (1, 1) | 2 |"))
     assert figures.mean(np.array(cell)) in line
     assert {r["frames"] for r in stored["length"]["rows"]} == {4 * 3} and all(len(r["right_by_frame"]) == 10 for r in stored["length"]["rows"])
-    assert len(stored["losses"]["rows"]) == 5 and all(r["curve"] and "diffusion@1.0" in r["end"] for r in stored["losses"]["rows"])
+    assert len(stored["losses"]["rows"]) == 8 and all(r["curve"] and "diffusion@1.0" in r["end"] for r in stored["losses"]["rows"])
 
-    drawn = {file: file.read_bytes() for file in out.iterdir() if file.stem != "strip"}
+    drawn = {file: file.read_bytes() for file in out.iterdir() if file.stem not in ("strip", "futures")}
     for file in drawn:
         if file.suffix != ".json":
             file.unlink()
