@@ -57,9 +57,11 @@ class CanvasMAR(nn.Module):
         if self.canvas is None:
             z_s = torch.zeros_like(z_t)  # the plain [MASK] token: the baseline
         else:
-            before = torch.cat([p[:, :1], f[:, :-1]], dim=1)  # without noise
-            read, others, logs = self.choice(f, before, z_t, told, draws) if self.choice else (z_t, 0, {})
-            told = torch.where(kept, read, self.null.to(z_t.dtype)) if self.cfg.choice_tells == "both" else told
+            read = z_t
+            if self.choice:
+                before = torch.cat([p[:, :1], f[:, :-1]], dim=1)  # without noise
+                read, others, logs = self.choice(f, before, z_t, told, draws)
+                told = torch.where(kept, read, self.null.to(z_t.dtype)) if self.cfg.choice_tells == "both" else told
             z_s, guess = self.canvas(read, p)  # (B, T, N, D), (B, T, N, C)
             error = (guess.float() - f).square()
             others = self.cfg.canvas_weight * error.mean() + others

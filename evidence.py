@@ -2,7 +2,7 @@
 
     python evidence.py --small --jobs 2          # all of it, small
     python evidence.py --jobs 2                  # all of it, two trainings at once; what is done already is not done again
-    python evidence.py train steps               # parts of it
+    python evidence.py train steps               # a part of it, and the trainings that it scores
     python evidence.py draw                      # figures and tables anew from the stored scores, nothing trained
 
 Each part writes NAME.json and from it NAME.png (levers NAME.md, steps and losses both) to results/evidence. Scored are as
@@ -11,7 +11,6 @@ many test clips as the plan says; scales are chosen on others, that lie between 
 
 import argparse
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -49,7 +48,7 @@ class Plan:
     config: str = "config.yaml"
     name: str = "evidence"  # runs/NAME holds what is trained, results/NAME what is found
     seeds: tuple = (0, 1, 2)  # of training
-    lever_seeds: tuple = (0,)  # of those with half the training
+    lever_seeds: tuple = (0,)  # of those with half or a quarter of the training
     levers: tuple = ()  # arms beside MAIN and NOISE; empty: all
     train_steps: int = 0  # 0: as configured
     clips: int = 128  # scored
@@ -61,12 +60,13 @@ class Plan:
     options: str = ""  # of the command
 
 
-SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=500, clips=96, steps=(1, 2, 4, 8), scales=(1.0, 1.5, 2.0), canvas_scales=(1.0, 1.5, 2.0),
-             levers=("no noise on the past",))  # fmt: skip
 MAIN = ("canvas", "uniform", "uniform, deeper")
 NOISE = ("canvas", "no noise", "noise x2")
 CHOICE = ("w of 16", "past noise x2, change of the last frame", "past noise x2, uniform, deeper")
+SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=500, clips=96, steps=(1, 2, 4, 8), scales=(1.0, 1.5, 2.0), canvas_scales=(1.0, 1.5, 2.0),
+             levers=("no noise on the past", *CHOICE))  # fmt: skip
 BEFORE = {"model.past_noise": 0.6, "model.canvas_change": False}  # as it was before the levers that won: all arms are changes of that
+WAYS = (("choice_weight", 0.0), ("choice_weight", 1.0), ("choice_noise", 0.5), ("drop_choice", 0.0), ("choice_tells", "both"), ("choice_reads", "mean"))  # of the choice
 # What may differ between runs that are compared, beside what their arms say.
 APART = ("run", "device", "data.workers", "tokenizer.checkpoint", "train.compile", "train.recompute", "train.save_every", "train.preview_every", "train.keep")
 
@@ -77,7 +77,7 @@ def arms(cfg) -> dict:
     deeper = off | {"model.mar_depth": m.mar_depth + m.canvas_depth}  # as many parameters as with a canvas
     clean, noisy, harder = {"model.past_noise": 0.0}, {"model.past_noise": 2 * m.past_noise}, {"data.objects": 4, "data.texture": 0.3}
     won = noisy | {"model.canvas_change": True}  # the levers that won: config.yaml
-    w = lambda size, **keys: won | {"model.canvas_latent": size} | {f"model.choice_{key}": value for key, value in keys.items()}
+    w = lambda size, **keys: won | {"model.canvas_latent": size} | {f"model.{key}": value for key, value in keys.items()}
     full = {
         "canvas": {},
         "uniform": off,
@@ -106,10 +106,10 @@ def arms(cfg) -> dict:
         "depth moved": {"model.canvas_depth": 2 * m.canvas_depth, "model.mar_depth": max(1, m.mar_depth - 1)},
         "harder data": harder,
         "harder data, uniform, deeper": harder | deeper,
-        **{f"w of {size}": w(size) for size in (0, 4, 8, 16, 32)},
-        **{f"w of 16, {key} {value}": w(16, **{key: value}) for key, value in (("weight", 0.0), ("weight", 1.0), ("noise", 0.5), ("tells", "both"), ("reads", "mean"))},
     }
-    return full | {f"half: {name}": keys | {"train.steps": max(1, cfg.train.steps // 2)} for name, keys in half.items()}
+    quarter = {"w of 0": won, **{f"w of {size}": w(size) for size in (4, 8, 16, 32)}, **{f"w of 16, {key} {value}": w(16, **{key: value}) for key, value in WAYS}}
+    shorter = lambda name, part, of: {f"{name}: {arm}": keys | {"train.steps": max(1, cfg.train.steps // part)} for arm, keys in of.items()}
+    return full | shorter("half", 2, half) | shorter("quarter", 4, quarter)
 
 
 def run_folder(plan, arm, seed) -> Path:
@@ -149,8 +149,16 @@ def overrides(plan, arm, seed) -> list[str]:
 def trainings(plan) -> list[tuple[str, int]]:
     """(arm, seed) of all that is trained."""
     levers = [arm for arm in plan.levers or arms(base(plan)) if arm not in MAIN + NOISE]
-    seeds = lambda arm: plan.lever_seeds if arm.startswith("half") else plan.seeds
+    seeds = lambda arm: plan.lever_seeds if ":" in arm else plan.seeds
     return [(arm, seed) for seed in plan.seeds for arm in dict.fromkeys(MAIN + NOISE)] + [(arm, seed) for arm in levers for seed in seeds(arm)]
+
+
+def needed(plan, parts) -> list[tuple[str, int]]:
+    """(arm, seed) of what these parts score; of all there is if none is named."""
+    reads = dict.fromkeys(("guidance", "steps", "order", "strip"), lambda arm: arm in MAIN) | {"length": lambda arm: arm in MAIN + NOISE}
+    reads |= {"choice": lambda arm: arm in CHOICE or arm.startswith("quarter"), "futures": lambda arm: arm == CHOICE[0]}
+    wanted = [reads.get(part, lambda arm: True) for part in parts] or [lambda arm: True]
+    return [key for key in trainings(plan) if any(of(key[0]) for of in wanted)]
 
 
 def compare(folder, cfg):
@@ -164,10 +172,11 @@ def compare(folder, cfg):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def train(plan):
-    """Train every arm with every seed, on the tokenizer of the first with the same data. What was interrupted goes on where it was."""
+def train(plan, parts=()):
+    """Train every arm that these parts score with every seed, on the tokenizer of the first with the same data. What was interrupted
+    goes on where it was."""
     first, begun = {}, []
-    data = {key: config.load(plan.config, overrides(plan, *key)).data for key in trainings(plan)}  # what is wrong with any is said now
+    data = {key: config.load(plan.config, overrides(plan, *key)).data for key in needed(plan, parts)}  # what is wrong with any is said now
     with ThreadPoolExecutor(plan.jobs) as pool:
         try:
             for key, of in data.items():
@@ -373,7 +382,7 @@ def levers(plan, rows):
     and, unless training was halved, without guidance."""
     best = best_scales(plan)
     rows.rows += Rows(plan, "steps").rows
-    for arm, seed in (key for key in trainings(plan) if "w of" not in key[0]):  # those are in `choice`
+    for arm, seed in (key for key in trainings(plan) if "w of" not in key[0]):  # those are of `choice`
         run = open_run(plan, arm, seed)
         own = best[MAIN[0 if run.cfg.model.canvas else -1]]
         for pair in dict.fromkeys([own] if arm.startswith("half") else [(1.0, 1.0), own]):
@@ -382,18 +391,23 @@ def levers(plan, rows):
 
 
 def choice(plan, rows):
-    """Ours, `choice.py`: few steps with a canvas that chooses one future, with the paper's and without one, each at its own best scale
-    for each S, chosen as in `guidance`; best of ten futures; what its parts and sizes do, with half the training."""
-    for arm, s in itertools.product(CHOICE, plan.steps[:4]):
-        tuned = {w: [rows.sample(open_run(plan, arm, seed, tune=True), arm, seed, 1, steps=s, **scales(w, w)) for seed in plan.seeds] for w in plan.scales}
-        w = max(tuned, key=lambda w: np.mean([merit(row) for row in tuned[w]]))
-        for seed in plan.seeds:
-            rows.sample(open_run(plan, arm, seed), arm, seed, 10, steps=s, **scales(w, w))
+    """Ours, `choice.py`: few steps with a canvas that chooses one future, with the paper's and without one, for each S at the scale that is
+    best on the clips that choose (first seed); the best of ten futures; how the prior is solved and guided; what parts and sizes do,
+    with a quarter of the training."""
+    few = plan.steps[:4]
+    for arm in CHOICE:
+        tune, runs = open_run(plan, arm, plan.seeds[0], tune=True), {seed: open_run(plan, arm, seed) for seed in plan.seeds}
+        for s in few:
+            w = max(plan.scales, key=lambda w: merit(rows.sample(tune, arm, plan.seeds[0], 1, steps=s, **scales(w, w))))
+            for seed, run in runs.items():
+                for samples in [plan.samples] + [10] * ((arm, s) in zip(CHOICE, (few[0], few[-1]))):
+                    rows.sample(run, arm, seed, samples, steps=s, **scales(w, w))
+            if (arm, s) == (CHOICE[0], few[0]):
+                for changes in [{"choice_steps": k} for k in (1, 2, 10)] + [{"cfg_choice": v} for v in (1.5, 2.0)]:
+                    rows.sample(runs[plan.seeds[0]], arm, plan.seeds[0], steps=s, **scales(w, w), **changes)
     for arm, seed in trainings(plan):
-        if arm.startswith("half: w of"):
-            run = open_run(plan, arm, seed)
-            for s, w in itertools.product((1, 4), (1.0, 1.5)):
-                rows.sample(run, arm, seed, steps=s, **scales(w, w))
+        for s in (1, 4) if arm.startswith("quarter") else ():
+            rows.sample(open_run(plan, arm, seed), arm, seed, steps=s, **scales(1.5, 1.5))
 
 
 @torch.no_grad()
@@ -446,8 +460,6 @@ def draw(plan, name, rows):
 
 def do(plan, name) -> list[dict]:
     """One part: train, or what is scored, its JSON file, its figure and its table. Returns the rows of that file."""
-    if name == "train":
-        return train(plan)
     if name == "draw":
         return [draw(plan, part, rows) for part in PARTS if (rows := Rows(plan, part).rows)]
     rows = Rows(plan, name)
@@ -476,8 +488,9 @@ def main():
     plan = SMALL if args.small else Plan()
     options = "--small " * args.small + f"--config {args.config} " * (args.config != Plan.config) + f"--name {args.name} " * bool(args.name)
     plan = replace(plan, config=args.config, name=args.name or plan.name, jobs=args.jobs, options=options)
-    for name in args.parts or [part for part in parts if not args.small or part not in ("choice", "futures")]:
-        do(plan, name)
+    todo = args.parts or [part for part in parts if not args.small or part not in ("choice", "futures")]
+    for name in todo:
+        train(plan, [part for part in todo if part != "train"]) if name == "train" else do(plan, name)
     print(f"the results are in {out_folder(plan)}")
 
 

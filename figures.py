@@ -95,8 +95,16 @@ def draw_steps(rows, path, names=("frechet", "right", "speed", "psnr")):
 
 
 def draw_choice(rows, path):
-    """What was scored with ten samples, each arm and S at its own best scales."""
-    draw_steps([row | {"scales": ""} for row in rows if row["samples"] == 10], path, ("frechet", "right", "spread", "end_error"))
+    """Scores of the arms with the whole training, each for each S at its own best scale."""
+    names = ("frechet", "right", "shaped", "spread")
+    draw_steps([row | {"scales": ""} for row in rows if row["samples"] > 1 and in_words(row) == row["arm"] and ":" not in row["arm"]], path, names)
+
+
+def in_words(row) -> str:
+    """Its arm, and what else is not as in most rows of `choice`."""
+    said = {"samples": "best of {} samples", "choice_steps": "prior in {} steps", "cfg_choice": "prior guided by {}"}
+    usual = {"samples": 2, "choice_steps": 5, "cfg_choice": 1.0}
+    return ", ".join([row["arm"], *(said[key].format(row[key]) for key in said if row[key] != usual[key])])
 
 
 def draw_length(rows, path):
@@ -179,4 +187,4 @@ def losses_table(rows) -> str:
 
 
 DRAWN = {"guidance": draw_guidance, "steps": draw_steps, "length": draw_length, "order": draw_order, "losses": draw_losses, "choice": draw_choice}
-TABLES = {"steps": lambda rows: table(rows) + differences(rows), "levers": table, "losses": losses_table, "choice": lambda rows: table([row for row in rows if row["samples"] > 1])}
+TABLES = {"steps": lambda rows: table(rows) + differences(rows), "levers": table, "losses": losses_table, "choice": lambda rows: table([row | {"arm": in_words(row)} for row in rows if row["samples"] > 1])}

@@ -33,9 +33,9 @@ def plan(tmp_path_factory):
         patch.setattr(evidence, "MAIN", ("canvas", "uniform"))
         patch.setattr(evidence, "NOISE", ("canvas",))
         patch.setattr(evidence, "CHOICE", ("w of 16", "canvas"))
-        levers = ("half: harder data", "w of 16", "half: w of 4")
+        levers = ("half: harder data", "w of 16", "quarter: w of 4")
         plan = evidence.Plan("tiny.yaml", "t", (0, 1), (0,), levers, 4, 6, 2, (1, 2), (1.0, 1.5), (1.0, 1.5), 2)
-        evidence.do(plan, "train")
+        evidence.train(plan)
         yield plan
 
 
@@ -75,6 +75,16 @@ def test_arms_share_the_tokenizer_and_training_them_again_does_nothing(plan, mon
     config.save(tiny(), "tiny.yaml")
 
 
+def test_only_what_the_named_parts_score_is_trained(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    of = lambda plan, *parts: list(dict.fromkeys(arm for arm, _ in evidence.needed(plan, parts)))
+    plan, small = evidence.Plan(), evidence.SMALL
+    assert evidence.needed(plan, ()) == evidence.needed(plan, ("steps", "levers")) == evidence.trainings(plan)
+    assert of(plan, "steps") == of(small, "guidance", "strip") == list(evidence.MAIN) and set(of(plan, "length")) == {*evidence.MAIN, *evidence.NOISE}
+    assert set(of(small, "choice")) == set(evidence.CHOICE) and of(plan, "futures") == [evidence.CHOICE[0]]
+    assert set(of(plan, "choice")) == {*evidence.CHOICE, *(arm for arm in of(plan) if "quarter: w of" in arm)}
+
+
 def test_scales_are_chosen_on_clips_that_do_not_score(plan):
     tuned, scored = (evidence.open_run(plan, "canvas", 0, tune=tune) for tune in (True, False))
     assert len(tuned.indices) == len(scored.indices) == plan.clips and not set(tuned.indices) & set(scored.indices)
@@ -94,7 +104,8 @@ def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(pla
     stored = {name: json.loads((out / f"{name}.json").read_text()) for name in written}
     for name, content in stored.items():
         assert content["command"] == f"python evidence.py {name}" and content["plan"]["clips"] == 6 and content["machine"]
-        assert content["config"]["model"]["canvas"] and content["arms"]["canvas"] == {}
+        assert content["config"]["model"]["canvas"]
+        assert content["arms"] == {arm: evidence.arms(evidence.base(plan))[arm] for arm in {row["arm"] for row in content["rows"]}}
         assert all(row["weights"] and "commit" in row for row in content["rows"])
     for of in ("score", "cost", "held_out_losses"):
         monkeypatch.setattr(evidence, of, lambda *_: pytest.fail("scores again"))
