@@ -58,7 +58,8 @@ class Pool(nn.Module):
 def smallness(mu, noise: float):
     """KL divergence to the standard normal of the normal with the moments of w = mu + noise * eps over a batch, in nats a
     dimension. mu (n, L). It keeps w centred, of unit size and uncorrelated, so that noise of that size always costs information."""
-    mu = mu.float()
-    mean = mu.mean(0)
-    cov = (mu - mean).T @ (mu - mean) / len(mu) + noise**2 * torch.eye(mu.shape[1], device=mu.device)
-    return 0.5 * (cov.diagonal().sum() + mean.square().sum() - mu.shape[1] - torch.linalg.slogdet(cov).logabsdet) / mu.shape[1]
+    with torch.autocast(mu.device.type, enabled=False):  # a determinant needs every digit
+        mean = mu.float().mean(0)
+        apart = mu.float() - mean
+        cov = apart.T @ apart / len(mu) + noise**2 * torch.eye(mu.shape[1], device=mu.device)
+        return 0.5 * (cov.diagonal().sum() + mean.square().sum() - mu.shape[1] - torch.linalg.slogdet(cov).logabsdet) / mu.shape[1]

@@ -296,6 +296,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"model.canvas_latent={m.canvas_latent} needs the canvas (model.canvas=true), which it tells what to show")
     if m.canvas_latent and not m.choice_noise:
         raise UserError("model.choice_noise=0 lets w hold any amount of the frame; it must be above 0 where model.canvas_latent is")
+    if s.cfg_choice != 1 and not m.canvas_latent:
+        raise UserError(f"sample.cfg_choice={s.cfg_choice:g} guides how the latent is drawn that tells the canvas what to show; model.canvas_latent=0 has none")
     if s.order == "motion" and not m.canvas:
         raise UserError("sample.order=motion needs the canvas (model.canvas=true) to tell what will move")
     if d.name != "pushing" and not d.path:

@@ -94,6 +94,10 @@ def step_parts(model, tokenizer, x, draws, wrap=lambda part: part, autocast=cont
         "head": lambda: head(target, c, draws.tau, draws.eps).sum(),
     }
 
+    if model.choice:
+        choice, before = wrap(model.choice), torch.zeros_like(f, requires_grad=True)
+        parts["choice"] = lambda: sum(out.sum() for out in choice(f, before, z, z, draws)[:2])
+
     def both_ways(part):
         with autocast():
             out = part()

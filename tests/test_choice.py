@@ -27,7 +27,7 @@ def batch(model, clips=3, frames=3):
 
 
 def test_off_there_is_no_trace_of_it():
-    off, on = tiny_model(), tiny_model(*ON)
+    off, on, opts = tiny_model(), tiny_model(*ON), tiny().sample
     assert off.choice is None and not any("choice" in name for name in off.state_dict())
     on.load_state_dict(off.state_dict(), strict=False)
     (f, draws), (_, more) = batch(off), batch(on)
@@ -35,6 +35,8 @@ def test_off_there_is_no_trace_of_it():
         assert torch.equal(value, getattr(more, name)) or name.startswith("w_")  # the same random numbers
     on.choice = None
     assert torch.equal(off(f, draws)[0], on(f, more)[0])
+    for ours, theirs in zip(sample.generate(off, f[:, :2], opts, 0, [0, 1, 2]), sample.generate(on, f[:, :2], opts, 0, [0, 1, 2])):
+        assert torch.equal(ours.latent, theirs.latent) and torch.equal(ours.canvas, theirs.canvas)
 
 
 @pytest.mark.parametrize("words", [(), ("model.choice_tells=both", "model.choice_reads=mean")], ids=["canvas", "both"])
@@ -92,6 +94,13 @@ def test_smallness_is_the_divergence_of_the_moments(size, noise, scale, shift):
     np.testing.assert_allclose(smallness(mu, noise).item(), expected.item() / size, rtol=1e-2, atol=1e-4)
 
 
+def test_smallness_keeps_its_digits_under_autocast():
+    mu = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(0, -3, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (inside := smallness(mu, 0.05)).dtype == torch.float32
+    assert torch.equal(inside, smallness(mu, 0.05))
+
+
 def test_dropped_clips_train_the_prior_without_a_condition():
     model = tiny_model(*ON)
     f, draws = batch(model)
@@ -116,7 +125,11 @@ def test_a_prior_learns_what_w_follows_from_its_condition():
 
 
 def test_what_cannot_work_is_refused():
-    for words, said in ((("model.canvas_latent=4", "model.canvas=false"), "needs the canvas"), (("model.canvas_latent=4", "model.choice_noise=0"), "choice_noise")):
+    for words, said in (
+        (("model.canvas_latent=4", "model.canvas=false"), "needs the canvas"),
+        (("model.canvas_latent=4", "model.choice_noise=0"), "choice_noise"),
+        (("sample.cfg_choice=1.5",), "model.canvas_latent=0 has none"),
+    ):
         with pytest.raises(UserError, match=said):
             tiny(*words)
 

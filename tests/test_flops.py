@@ -51,8 +51,10 @@ def test_sampling_costs_grow_with_steps_and_guidance():
     assert cost("sample.cfg_temporal=2", "sample.cfg_canvas=3") > cost("sample.cfg_temporal=2", "sample.cfg_canvas=2") > cost()
 
 
-def test_the_parts_of_a_step_add_up_to_the_step():
-    counted = flops.count(tiny("model.mar_depth=2", "train.batch=5"))
+@pytest.mark.parametrize("latent", [0, 5])
+def test_the_parts_of_a_step_add_up_to_the_step(latent):
+    counted = flops.count(tiny("model.mar_depth=2", "train.batch=5", f"model.canvas_latent={latent}"))
+    assert ("choice" in counted["part_flops"]) == bool(latent)
     parts = sum(n for name, n in counted["part_flops"].items() if name != "encode")
     assert parts == pytest.approx(counted["step_flops"], rel=0.01)  # but for the gradients of inputs that need none
     assert "canvas" not in flops.count(tiny("model.canvas=false"))["part_flops"]

@@ -99,9 +99,9 @@ def counters():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("recompute", ["false", "true"])
-def test_training_is_one_graph_without_breaks_and_never_compiled_again(recompute, counters):
-    model = tiny_model(f"train.recompute={recompute}", "data.frames=5")
+@pytest.mark.parametrize("word", ["train.recompute=false", "train.recompute=true", "model.canvas_latent=5"])
+def test_training_is_one_graph_without_breaks_and_never_compiled_again(word, counters):
+    model = tiny_model(word, "data.frames=5")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for seed in range(4):
         f, draws = latents(model, seed=seed), draws_of(model, seed=seed)
