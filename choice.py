@@ -1,7 +1,6 @@
 """Ours, not the paper's: a canvas that chooses one future. Off unless `model.canvas_latent` is above 0.
 
-The paper's canvas is the mean over futures, blurred where the future is open, so it cannot tell tokens that are drawn in one
-step which future to show. A latent w (B, T, L) tells it:
+The paper's canvas is the mean over futures, so it cannot tell tokens that are drawn in one step which future to show. A latent w (B, T, L) tells it:
 
     training   w = q(frame, the frame before) + noise, and the canvas is predicted from (z_t + E w, p) by the same L2 loss, of some
                frames without w: else z_t need not tell what is likely, and the prior finds nothing there

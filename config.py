@@ -146,7 +146,7 @@ class Model:
     canvas_under: bool = field(metadata={"before": False})
     canvas_as: str = one_of("features", "picture", before="features")
     canvas_latent: int = field(metadata={"low": 0, "high": 4096, "before": 0})
-    choice_noise: float = field(metadata={"low": 0, "high": math.inf, "before": 0.2})
+    choice_noise: float = field(metadata={"low": 1e-3, "high": math.inf, "before": 0.2})
     choice_weight: float = field(metadata={"low": 0, "high": math.inf, "before": 0.1})
     choice_reads: str = one_of("tokens", "mean", before="tokens")
     choice_tells: str = one_of("canvas", "both", before="canvas")
@@ -294,8 +294,6 @@ def check(cfg: Config) -> None:
                         f"(data.size={d.size}, tokenizer.stride={t.stride})")
     if m.canvas_latent and not m.canvas:
         raise UserError(f"model.canvas_latent={m.canvas_latent} needs the canvas (model.canvas=true), which it tells what to show")
-    if m.canvas_latent and not m.choice_noise:
-        raise UserError("model.choice_noise=0 lets w hold any amount of the frame; it must be above 0 where model.canvas_latent is")
     if s.cfg_choice != 1 and not m.canvas_latent:
         raise UserError(f"sample.cfg_choice={s.cfg_choice:g} guides how the latent is drawn that tells the canvas what to show; model.canvas_latent=0 has none")
     if s.order == "motion" and not m.canvas:

@@ -20,6 +20,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -392,19 +393,21 @@ def levers(plan, rows):
 
 def choice(plan, rows):
     """Ours, `choice.py`: few steps with a canvas that chooses one future, with the paper's and without one, for each S at the scale that is
-    best on the clips that choose (first seed); the best of ten futures; how the prior is solved and guided; what parts and sizes do,
-    with a quarter of the training."""
+    best on the clips that choose (first seed, by frames with right shapes: strong guidance spoils them first). Then with the first seed the
+    best of ten futures and how the prior is solved and guided; what parts and sizes do, with a quarter of the training."""
     few = plan.steps[:4]
     for arm in CHOICE:
         tune, runs = open_run(plan, arm, plan.seeds[0], tune=True), {seed: open_run(plan, arm, seed) for seed in plan.seeds}
         for s in few:
-            w = max(plan.scales, key=lambda w: merit(rows.sample(tune, arm, plan.seeds[0], 1, steps=s, **scales(w, w))))
+            tuned = {w: rows.sample(tune, arm, plan.seeds[0], 1, steps=s, **scales(w, w)) for w in (1.0, 1.5, 2.0)}
+            best = {"steps": s} | scales(*2 * (max(tuned, key=lambda w: merit(tuned[w] | {"right": tuned[w]["shaped"]})),))
             for seed, run in runs.items():
-                for samples in [plan.samples] + [10] * ((arm, s) in zip(CHOICE, (few[0], few[-1]))):
-                    rows.sample(run, arm, seed, samples, steps=s, **scales(w, w))
-            if (arm, s) == (CHOICE[0], few[0]):
-                for changes in [{"choice_steps": k} for k in (1, 2, 10)] + [{"cfg_choice": v} for v in (1.5, 2.0)]:
-                    rows.sample(runs[plan.seeds[0]], arm, plan.seeds[0], steps=s, **scales(w, w), **changes)
+                rows.sample(run, arm, seed, **best)
+            first = partial(rows.sample, runs[plan.seeds[0]], arm, plan.seeds[0], **best)
+            if (arm, s) in zip(CHOICE, (few[0], few[-1])):
+                first(samples=10)
+            for changes in ({"choice_steps": 1}, {"choice_steps": 2}, {"choice_steps": 10}, {"cfg_choice": 1.5}, {"cfg_choice": 2.0}) if (arm, s) == (CHOICE[0], few[0]) else ():
+                first(**changes)
     for arm, seed in trainings(plan):
         for s in (1, 4) if arm.startswith("quarter") else ():
             rows.sample(open_run(plan, arm, seed), arm, seed, steps=s, **scales(1.5, 1.5))

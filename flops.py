@@ -95,8 +95,7 @@ def step_parts(model, tokenizer, x, draws, wrap=lambda part: part, autocast=cont
     }
 
     if model.choice:
-        choice, before = wrap(model.choice), torch.zeros_like(f, requires_grad=True)
-        parts["choice"] = lambda: sum(out.sum() for out in choice(f, before, z, z, draws)[:2])
+        parts["choice"] = lambda choice=wrap(model.choice): sum(out.sum() for out in choice(f, z[..., :channels], z, z, draws)[:2])
 
     def both_ways(part):
         with autocast():
