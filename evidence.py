@@ -65,7 +65,7 @@ MAIN = ("canvas", "uniform", "uniform, deeper")
 NOISE = ("canvas", "no noise", "noise x2")
 CHOICE = ("w of 16", "past noise x2, change of the last frame", "past noise x2, uniform, deeper")
 SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=500, clips=96, steps=(1, 2, 4, 8), scales=(1.0, 1.5, 2.0), canvas_scales=(1.0, 1.5, 2.0),
-             levers=("no noise on the past", *CHOICE))  # fmt: skip
+             levers=("no noise on the past",))  # fmt: skip
 BEFORE = {"model.past_noise": 0.6, "model.canvas_change": False}  # as it was before the levers that won: all arms are changes of that
 WAYS = (("choice_weight", 0.0), ("choice_weight", 1.0), ("choice_noise", 0.5), ("drop_choice", 0.0), ("choice_tells", "both"), ("choice_reads", "mean"))  # of the choice
 # What may differ between runs that are compared, beside what their arms say.
@@ -430,7 +430,7 @@ def futures(plan, rows, columns=8):
         for latents in (frame.canvas, frame.latent):
             pictures.append([to_uint8(real)[0, opts.context - len(pictures) % 2], *to_uint8(run.tokenizer.decode(latents[:, None]))[:, 0]])
     rows.add(run, {"arm": CHOICE[0], "clip": index, "frame": opts.context + 1, "sampling": asdict(opts)}, dict)
-    sample.figure(pictures, ["real: before, next"], ["canvas", "S = 1"] * 2, out_folder(plan) / "futures.png")
+    sample.figure(pictures, ["real: before, next"], ["w drawn,\ncanvas", "S = 1", "w walked,\ncanvas", "S = 1"], out_folder(plan) / "futures.png")
 
 
 def strip(plan, rows, clips=3, ahead=6):
@@ -491,6 +491,8 @@ def main():
     plan = SMALL if args.small else Plan()
     options = "--small " * args.small + f"--config {args.config} " * (args.config != Plan.config) + f"--name {args.name} " * bool(args.name)
     plan = replace(plan, config=args.config, name=args.name or plan.name, jobs=args.jobs, options=options)
+    if args.small and (larger := {"choice", "futures"} & set(args.parts)):
+        raise UserError(f"--small has no part {min(larger)}; leave out --small")
     todo = args.parts or [part for part in parts if not args.small or part not in ("choice", "futures")]
     for name in todo:
         train(plan, [part for part in todo if part != "train"]) if name == "train" else do(plan, name)
