@@ -11,6 +11,7 @@ many test clips as the plan says; scales are chosen on others, that lie between 
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -401,8 +402,9 @@ def choice(plan, rows):
         for s in few:
             tuned = {w: rows.sample(tune, arm, plan.seeds[0], 1, steps=s, **scales(w, w)) for w in (1.0, 1.5, 2.0)}
             best = {"steps": s} | scales(*2 * (max(tuned, key=lambda w: merit(tuned[w] | {"right": tuned[w]["shaped"]})),))
-            for seed, run in runs.items():
-                rows.sample(run, arm, seed, **best)
+            unguided = [scales(1.0, 1.0)] if best["cfg_temporal"] > 1 and (arm, s) == (CHOICE[0], few[0]) else []
+            for (seed, run), changes in itertools.product(runs.items(), [{}, *unguided]):
+                rows.sample(run, arm, seed, **best | changes)
             first = partial(rows.sample, runs[plan.seeds[0]], arm, plan.seeds[0], **best)
             if (arm, s) in zip(CHOICE, (few[0], few[-1])):
                 first(samples=10)

@@ -96,8 +96,9 @@ def draw_steps(rows, path, names=("frechet", "right", "speed", "psnr")):
 
 def draw_choice(rows, path):
     """Scores of the arms with the whole training, each for each S at its own best scale."""
-    names = ("frechet", "right", "shaped", "spread")
-    draw_steps([row | {"scales": ""} for row in rows if row["samples"] > 1 and in_words(row) == row["arm"] and ":" not in row["arm"]], path, names)
+    rows = [row | {"scales": ""} for row in rows if row["samples"] > 1 and in_words(row) == row["arm"] and ":" not in row["arm"]]
+    own = {(row["arm"], row["seed"], row["steps"]): row for row in sorted(rows, key=lambda row: row["cfg_temporal"])}  # none without guidance beside it
+    draw_steps(list(own.values()), path, ("frechet", "right", "shaped", "spread"))
 
 
 def in_words(row) -> str:
