@@ -5,7 +5,7 @@
     python evidence.py train steps               # a part of it, and the trainings that it scores
     python evidence.py draw                      # figures and tables anew from the stored scores, nothing trained
 
-Each part writes NAME.json and from it NAME.png (levers NAME.md, steps and losses both) to results/evidence. Scored are as
+Each part writes NAME.json and from it NAME.png (levers and ablations NAME.md, steps, losses and choice both) to results/evidence. Scored are as
 many test clips as the plan says; scales are chosen on others, that lie between these.
 """
 
@@ -158,7 +158,7 @@ def trainings(plan) -> list[tuple[str, int]]:
 def needed(plan, parts) -> list[tuple[str, int]]:
     """(arm, seed) of what these parts score; of all there is if none is named."""
     reads = dict.fromkeys(("guidance", "steps", "order", "strip"), lambda arm: arm in MAIN) | {"length": lambda arm: arm in MAIN + NOISE}
-    reads |= {"choice": lambda arm: arm in CHOICE or arm.startswith("quarter"), "futures": lambda arm: arm == CHOICE[0]}
+    reads |= {"choice": lambda arm: arm in CHOICE, "ablations": lambda arm: arm.startswith("quarter"), "futures": lambda arm: arm == CHOICE[0]}
     wanted = [reads.get(part, lambda arm: True) for part in parts] or [lambda arm: True]
     return [key for key in trainings(plan) if any(of(key[0]) for of in wanted)]
 
@@ -395,7 +395,7 @@ def levers(plan, rows):
 def choice(plan, rows):
     """Ours, `choice.py`: few steps with a canvas that chooses one future, with the paper's and without one, for each S at the scale that is
     best on the clips that choose (first seed, by frames with right shapes: strong guidance spoils them first). Then with the first seed the
-    best of ten futures and how the prior is solved and guided; what parts and sizes do, with a quarter of the training."""
+    best of ten futures and how the prior is solved and guided."""
     few = plan.steps[:4]
     for arm in CHOICE:
         tune, runs = open_run(plan, arm, plan.seeds[0], tune=True), {seed: open_run(plan, arm, seed) for seed in plan.seeds}
@@ -410,9 +410,12 @@ def choice(plan, rows):
                 first(samples=10)
             for changes in ({"choice_steps": 1}, {"choice_steps": 2}, {"choice_steps": 10}, {"cfg_choice": 1.5}, {"cfg_choice": 2.0}) if (arm, s) == (CHOICE[0], few[0]) else ():
                 first(**changes)
-    for arm, seed in trainings(plan):
-        for s in (1, 4) if arm.startswith("quarter") else ():
-            rows.sample(open_run(plan, arm, seed), arm, seed, steps=s, **scales(1.5, 1.5))
+
+
+def ablations(plan, rows):
+    """What the parts and the size of the choice do, with a quarter of the training."""
+    for (arm, seed), s in itertools.product((key for key in trainings(plan) if key[0].startswith("quarter")), (1, 4)):
+        rows.sample(open_run(plan, arm, seed), arm, seed, steps=s, **scales(1.5, 1.5))
 
 
 @torch.no_grad()
@@ -451,7 +454,7 @@ def strip(plan, rows, clips=3, ahead=6):
     sample.figure(pictures, titles, [arm.replace(", ", "\n") for arm in MAIN] * clips, out_folder(plan) / "strip.png")
 
 
-PARTS = {"guidance": guidance, "steps": steps, "length": length, "order": order, "losses": losses, "strip": strip, "levers": levers, "choice": choice, "futures": futures}
+PARTS = {"guidance": guidance, "steps": steps, "length": length, "order": order, "losses": losses, "strip": strip, "levers": levers, "choice": choice, "ablations": ablations, "futures": futures}
 
 
 def draw(plan, name, rows):
@@ -493,9 +496,10 @@ def main():
     plan = SMALL if args.small else Plan()
     options = "--small " * args.small + f"--config {args.config} " * (args.config != Plan.config) + f"--name {args.name} " * bool(args.name)
     plan = replace(plan, config=args.config, name=args.name or plan.name, jobs=args.jobs, options=options)
-    if args.small and (larger := {"choice", "futures"} & set(args.parts)):
-        raise UserError(f"--small has no part {min(larger)}; leave out --small")
-    todo = args.parts or [part for part in parts if not args.small or part not in ("choice", "futures")]
+    larger = {"choice", "ablations", "futures"} if args.small else set()
+    if without := larger & set(args.parts):
+        raise UserError(f"--small has no part {min(without)}; leave out --small")
+    todo = args.parts or [part for part in parts if part not in larger]
     for name in todo:
         train(plan, [part for part in todo if part != "train"]) if name == "train" else do(plan, name)
     print(f"the results are in {out_folder(plan)}")

@@ -188,4 +188,4 @@ def losses_table(rows) -> str:
 
 
 DRAWN = {"guidance": draw_guidance, "steps": draw_steps, "length": draw_length, "order": draw_order, "losses": draw_losses, "choice": draw_choice}
-TABLES = {"steps": lambda rows: table(rows) + differences(rows), "levers": table, "losses": losses_table, "choice": lambda rows: table([row | {"arm": in_words(row)} for row in rows if row["samples"] > 1])}
+TABLES = {"steps": lambda rows: table(rows) + differences(rows), "levers": table, "ablations": table, "losses": losses_table, "choice": lambda rows: table([row | {"arm": in_words(row)} for row in rows if row["samples"] > 1])}

@@ -82,7 +82,7 @@ def test_only_what_the_named_parts_score_is_trained(monkeypatch):
     assert evidence.needed(plan, ()) == evidence.needed(plan, ("steps", "levers")) == evidence.trainings(plan)
     assert of(plan, "steps") == of(small, "guidance", "strip") == list(evidence.MAIN) and set(of(plan, "length")) == {*evidence.MAIN, *evidence.NOISE}
     assert of(plan, "futures") == [evidence.CHOICE[0]]
-    assert set(of(plan, "choice")) == {*evidence.CHOICE, *(arm for arm in of(plan) if "quarter: w of" in arm)}
+    assert set(of(plan, "choice")) == set(evidence.CHOICE) and of(plan, "ablations") == [arm for arm in of(plan) if "quarter: w of" in arm]
 
 
 def test_scales_are_chosen_on_clips_that_do_not_score(plan):
@@ -100,7 +100,7 @@ def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(pla
     out = Path("results/t")
     pictures = {file.stem for file in out.glob("*.png")}
     written = {file.stem for file in out.glob("*.json")}
-    assert pictures == written - {"levers"} and written == set(evidence.PARTS) and {file.stem for file in out.glob("*.md")} == {"steps", "losses", "levers", "choice"}
+    assert pictures == written - {"levers", "ablations"} and written == set(evidence.PARTS) and {file.stem for file in out.glob("*.md")} == {"steps", "losses", "levers", "choice", "ablations"}
     stored = {name: json.loads((out / f"{name}.json").read_text()) for name in written}
     for name, content in stored.items():
         assert content["command"] == f"python evidence.py {name}" and content["plan"]["clips"] == 6 and content["machine"]
