@@ -35,7 +35,7 @@ class Choice(nn.Module):
         mu = self.posterior(torch.cat([f, f - before], -1))
         w = mu + self.m.choice_noise * draws.w_noise
         prior = self.prior.loss(w.detach(), self.read(told.detach()), draws.w_tau, draws.w_eps).mean()
-        small = smallness(mu.flatten(0, 1), self.m.choice_noise)
+        small = smallness(mu.flatten(0, 1), self.m.choice_noise, self.m.choice_loss)
         read = z_t + (self.enter(w) * draws.w_told.unsqueeze(-1)).unsqueeze(-2)
         return read, self.m.choice_weight * small + prior, {"prior": prior.detach(), "smallness": small.detach()}
 
@@ -54,11 +54,12 @@ class Pool(nn.Module):
         return self.leave(mixed.mean(-2)).unflatten(0, x.shape[:-2])
 
 
-def smallness(mu, noise: float):
-    """KL divergence to the standard normal of the normal with the moments of w = mu + noise * eps over a batch, in nats a
-    dimension. mu (n, L). It keeps w centred, of unit size and uncorrelated, so that noise of that size always costs information."""
+def smallness(mu, noise: float, of: str):
+    """What keeps w = mu + noise * eps small, in nats a dimension; mu (n, L). kl: the divergence of each w from a standard normal, but for a
+    constant: a dimension that does not pay stays near zero. moments: that of a normal with the mean and covariance of w over the batch."""
+    if of == "kl":
+        return 0.5 * mu.float().square().mean()
     with torch.autocast(mu.device.type, enabled=False):  # a determinant needs every digit
-        mean = mu.float().mean(0)
-        apart = mu.float() - mean
+        apart = mu.float() - (mean := mu.float().mean(0))
         cov = apart.T @ apart / len(mu) + noise**2 * torch.eye(mu.shape[1], device=mu.device)
         return 0.5 * (cov.diagonal().sum() + mean.square().sum() - mu.shape[1] - torch.linalg.slogdet(cov).logabsdet) / mu.shape[1]

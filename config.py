@@ -148,6 +148,7 @@ class Model:
     canvas_latent: int = field(metadata={"low": 0, "high": 4096, "before": 0})
     choice_noise: float = field(metadata={"low": 1e-3, "high": math.inf, "before": 0.2})
     choice_weight: float = field(metadata={"low": 0, "high": math.inf, "before": 0.1})
+    choice_loss: str = one_of("kl", "moments", before="moments")
     choice_reads: str = one_of("tokens", "mean", before="tokens")
     choice_tells: str = one_of("canvas", "both", before="canvas")
     drop_temporal: float = within(0, 1)

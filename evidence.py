@@ -21,7 +21,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,7 @@ class Plan:
     config: str = "config.yaml"
     name: str = "evidence"  # runs/NAME holds what is trained, results/NAME what is found
     seeds: tuple = (0, 1, 2)  # of training
-    lever_seeds: tuple = (0,)  # of those with half or a quarter of the training
+    lever_seeds: tuple = (0,)  # of arms with a colon, most of which have half or a quarter of the training
     levers: tuple = ()  # arms beside MAIN and NOISE; empty: all
     train_steps: int = 0  # 0: as configured
     clips: int = 128  # scored
@@ -64,11 +63,11 @@ class Plan:
 
 MAIN = ("canvas", "uniform", "uniform, deeper")
 NOISE = ("canvas", "no noise", "noise x2")
-CHOICE = ("w of 16", "past noise x2, change of the last frame", "past noise x2, uniform, deeper")
+CHOICE = ("w of 16", "w of 16, moments", "past noise x2, change of the last frame", "past noise x2, uniform, deeper")
 SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=500, clips=96, steps=(1, 2, 4, 8), scales=(1.0, 1.5, 2.0), canvas_scales=(1.0, 1.5, 2.0),
              levers=("no noise on the past",))  # fmt: skip
 BEFORE = {"model.past_noise": 0.6, "model.canvas_change": False}  # as it was before the levers that won: all arms are changes of that
-WAYS = (("choice_weight", 0.0), ("choice_weight", 1.0), ("choice_noise", 0.5), ("drop_choice", 0.0), ("choice_tells", "both"), ("choice_reads", "mean"))  # of the choice
+WAYS = (("choice_weight", 0.0), ("choice_weight", 0.1), ("choice_noise", 0.5), ("drop_choice", 0.0), ("choice_tells", "both"), ("choice_reads", "mean"))  # of the choice
 # What may differ between runs that are compared, beside what their arms say.
 APART = ("run", "device", "data.workers", "tokenizer.checkpoint", "train.compile", "train.recompute", "train.save_every", "train.preview_every", "train.keep")
 
@@ -80,6 +79,7 @@ def arms(cfg) -> dict:
     clean, noisy, harder = {"model.past_noise": 0.0}, {"model.past_noise": 2 * m.past_noise}, {"data.objects": 4, "data.texture": 0.3}
     won = noisy | {"model.canvas_change": True}  # the levers that won: config.yaml
     w = lambda size, **keys: won | {"model.canvas_latent": size} | {f"model.{key}": value for key, value in keys.items()}
+    moments, way = w(16, choice_loss="moments", choice_weight=0.1), lambda key, value: {f"w of 16, {key} {value}": w(16, **{key: value})}
     full = {
         "canvas": {},
         "uniform": off,
@@ -93,6 +93,7 @@ def arms(cfg) -> dict:
         "past noise x2, change of the last frame": won,
         "past noise x2, uniform, deeper": noisy | deeper,
         "w of 16": w(16),
+        "w of 16, moments": moments,
     }
     half = {  # most levers have half the training, so twice the training is a lever, too
         "canvas": {},
@@ -109,9 +110,11 @@ def arms(cfg) -> dict:
         "harder data": harder,
         "harder data, uniform, deeper": harder | deeper,
     }
-    quarter = {"w of 0": won, **{f"w of {size}": w(size) for size in (4, 8, 16, 32)}, **{f"w of 16, {key} {value}": w(16, **{key: value}) for key, value in WAYS}}
+    sizes = {"w of 0": won, **{f"w of {size}": w(size) for size in (4, 8, 16, 32)}}
+    quarter = sizes | {"w of 16, moments": moments} | {name: keys for one in WAYS for name, keys in way(*one).items()}
+    whole = {name: keys for one in (("choice_weight", 0.1), ("past_noise", 0.6), ("past_noise", 0.3)) for name, keys in way(*one).items()}
     shorter = lambda name, part, of: {f"{name}: {arm}": keys | {"train.steps": max(1, cfg.train.steps // part)} for arm, keys in of.items()}
-    return full | shorter("half", 2, half) | shorter("quarter", 4, quarter)
+    return full | shorter("half", 2, half) | shorter("quarter", 4, quarter) | shorter("whole", 1, whole)
 
 
 def run_folder(plan, arm, seed) -> Path:
@@ -158,7 +161,7 @@ def trainings(plan) -> list[tuple[str, int]]:
 def needed(plan, parts) -> list[tuple[str, int]]:
     """(arm, seed) of what these parts score; of all there is if none is named."""
     reads = dict.fromkeys(("guidance", "steps", "order", "strip"), lambda arm: arm in MAIN) | {"length": lambda arm: arm in MAIN + NOISE}
-    reads |= {"choice": lambda arm: arm in CHOICE, "ablations": lambda arm: arm.startswith("quarter"), "futures": lambda arm: arm == CHOICE[0]}
+    reads |= {"choice": lambda arm: arm in CHOICE, "ablations": lambda arm: arm.startswith(("quarter", "whole")), "futures": lambda arm: arm == CHOICE[0]}
     wanted = [reads.get(part, lambda arm: True) for part in parts] or [lambda arm: True]
     return [key for key in trainings(plan) if any(of(key[0]) for of in wanted)]
 
@@ -394,27 +397,25 @@ def levers(plan, rows):
 
 def choice(plan, rows):
     """Ours, `choice.py`: few steps with a canvas that chooses one future, with the paper's and without one, for each S at the scale that is
-    best on the clips that choose (first seed, by frames with right shapes: strong guidance spoils them first). Then with the first seed the
-    best of ten futures and how the prior is solved and guided."""
+    best on the clips that choose (first seed, by frames with right shapes: strong guidance spoils them first). The best of ten futures, and
+    with the first seed how the prior is solved and guided."""
     few = plan.steps[:4]
     for arm in CHOICE:
         tune, runs = open_run(plan, arm, plan.seeds[0], tune=True), {seed: open_run(plan, arm, seed) for seed in plan.seeds}
         for s in few:
             tuned = {w: rows.sample(tune, arm, plan.seeds[0], 1, steps=s, **scales(w, w)) for w in (1.0, 1.5, 2.0)}
             best = {"steps": s} | scales(*2 * (max(tuned, key=lambda w: merit(tuned[w] | {"right": tuned[w]["shaped"]})),))
-            unguided = [scales(1.0, 1.0)] if best["cfg_temporal"] > 1 and (arm, s) == (CHOICE[0], few[0]) else []
-            for (seed, run), changes in itertools.product(runs.items(), [{}, *unguided]):
+            ways = [{}, scales(1.0, 1.0)] if best["cfg_temporal"] > 1 and (arm, s) == (CHOICE[0], few[0]) else [{}]
+            ways += [{"samples": 10}] if (arm, s) in zip(CHOICE, (few[0], few[-1])) else []
+            for (seed, run), changes in itertools.product(runs.items(), ways):
                 rows.sample(run, arm, seed, **best | changes)
-            first = partial(rows.sample, runs[plan.seeds[0]], arm, plan.seeds[0], **best)
-            if (arm, s) in zip(CHOICE, (few[0], few[-1])):
-                first(samples=10)
             for changes in ({"choice_steps": 1}, {"choice_steps": 2}, {"choice_steps": 10}, {"cfg_choice": 1.5}, {"cfg_choice": 2.0}) if (arm, s) == (CHOICE[0], few[0]) else ():
-                first(**changes)
+                rows.sample(runs[plan.seeds[0]], arm, plan.seeds[0], **best | changes)
 
 
 def ablations(plan, rows):
-    """What the parts and the size of the choice do, with a quarter of the training."""
-    for (arm, seed), s in itertools.product((key for key in trainings(plan) if key[0].startswith("quarter")), (1, 4)):
+    """What the parts and the size of the choice do, most of it with a quarter of the training."""
+    for (arm, seed), s in itertools.product(needed(plan, ["ablations"]), (1, 4)):
         rows.sample(open_run(plan, arm, seed), arm, seed, steps=s, **scales(1.5, 1.5))
 
 

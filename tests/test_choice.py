@@ -91,14 +91,21 @@ def test_smallness_is_the_divergence_of_the_moments(size, noise, scale, shift):
     mu = scale * torch.randn(500, size, generator=torch.Generator().manual_seed(size)) + shift
     w = torch.distributions.MultivariateNormal(mu.mean(0), torch.cov(mu.T, correction=0).reshape(size, size) + noise**2 * torch.eye(size))
     expected = torch.distributions.kl_divergence(w, torch.distributions.MultivariateNormal(torch.zeros(size), torch.eye(size)))
-    np.testing.assert_allclose(smallness(mu, noise).item(), expected.item() / size, rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(smallness(mu, noise, "moments").item(), expected.item() / size, rtol=1e-2, atol=1e-4)
+
+
+@given(st.integers(1, 8), st.floats(0.1, 1), st.floats(0.2, 3))
+def test_smallness_is_the_divergence_of_every_w_but_for_a_constant(size, noise, scale):
+    mu = scale * torch.randn(50, size, generator=torch.Generator().manual_seed(size))
+    of = lambda mu: torch.distributions.kl_divergence(torch.distributions.Normal(mu, noise), torch.distributions.Normal(0.0, 1.0)).mean().item()
+    np.testing.assert_allclose(smallness(mu, noise, "kl").item(), of(mu) - of(0 * mu), rtol=1e-3, atol=1e-5)
 
 
 def test_smallness_keeps_its_digits_under_autocast():
     mu = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(0, -3, 32))
     with torch.autocast("cpu", torch.bfloat16):
-        assert (inside := smallness(mu, 0.05)).dtype == torch.float32
-    assert torch.equal(inside, smallness(mu, 0.05))
+        assert (inside := smallness(mu, 0.05, "moments")).dtype == torch.float32
+    assert torch.equal(inside, smallness(mu, 0.05, "moments"))
 
 
 def test_dropped_clips_train_the_prior_without_a_condition():
@@ -136,6 +143,6 @@ def test_what_cannot_work_is_refused():
 
 def test_an_older_configuration_has_none():
     tree = config.to_dict(tiny())
-    for section, key in (("model", "canvas_latent"), ("model", "choice_noise"), ("model", "choice_weight"), ("model", "drop_choice"), ("sample", "cfg_choice"), ("sample", "choice_steps")):
+    for section, key in (("model", "canvas_latent"), ("model", "choice_noise"), ("model", "choice_weight"), ("model", "choice_loss"), ("model", "drop_choice"), ("sample", "cfg_choice"), ("sample", "choice_steps")):
         del tree[section][key]
     assert CanvasMAR(config.from_dict(tree)).choice is None
