@@ -79,7 +79,8 @@ def compare(old: Config, cfg: Config, where, bound=(), free=FREE) -> str:
     """What differs between the configuration something was learned with and the one now, in words. Raises UserError if that
     is more than `free` says may change; where `bound` is given, only keys that begin with one of its names are held to it."""
     there, now = config.flat(old), config.flat(cfg)
-    differ = [k for k in now if now[k] != there[k] and k != "run" and not k.startswith("sample.")]
+    idle = () if old.model.canvas_latent or cfg.model.canvas_latent else ("model.choice_", "model.drop_choice")  # keys of what neither has
+    differ = [k for k in now if now[k] != there[k] and k != "run" and not k.startswith(("sample.", *idle))]
     refused = [k for k in differ if k not in free and (not bound or k.startswith(bound))]
     if refused:
         what = ", ".join(f"{k} ({there[k]} there, {now[k]} now)" for k in refused)
