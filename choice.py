@@ -50,8 +50,7 @@ class Pool(nn.Module):
         self.leave = nn.Sequential(nn.Linear(m.width, hidden), nn.GELU(), nn.Linear(hidden, out))
 
     def forward(self, x):
-        mixed = self.block((self.embed(x) + self.position).flatten(0, -3))
-        return self.leave(mixed.mean(-2)).unflatten(0, x.shape[:-2])
+        return self.leave(self.block((self.embed(x) + self.position).flatten(0, -3)).mean(-2)).unflatten(0, x.shape[:-2])
 
 
 def smallness(mu, noise: float, of: str):

@@ -244,7 +244,8 @@ def score(run, opts, samples) -> dict:
     sets = s["detectors"]["offline"]
     return {
         "frechet": sets["mean"]["frechet"], "right": own(s["right"]), "shaped": own(s["shaped"]), "speed": own(s["speed_ratio"]), "psnr": s["psnr"][f"best_of_{len(kinds)}"],
-        "spread": s["ends_apart"] / s["ends_apart_real"] if samples > 1 else None, "floor": sets["floor"]["frechet"], "end_error": s.get("end_error"),
+        **{key: s[f"{at}_apart"] / s[f"{at}_apart_real"] if samples > 1 else None for key, at in (("spread_first", "first"), ("spread", "ends"))},
+        "floor": sets["floor"]["frechet"], "end_error": s.get("end_error"),
         "right_by_frame": np.mean([got.objects[kind]["right"].mean(0) for kind in kinds], 0).tolist(),
     }  # fmt: skip
 

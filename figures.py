@@ -3,7 +3,7 @@
 import numpy as np
 
 TITLES = {"frechet": "Fréchet distance (offline, not FVD)", "right": "right frames", "shaped": "and right shapes", "speed": "speed over the real one",
-          "psnr": "PSNR, best of the samples, dB", "spread": "spread of end positions over the real one", "end_error": "error of the end position, best of the samples, table widths"}  # fmt: skip
+          "psnr": "PSNR, best of the samples, dB", "spread_first": "spread of positions in the first frame over the real one", "spread": "spread of end positions over the real one", "end_error": "error of the end position, best of the samples, table widths"}  # fmt: skip
 
 
 def over_seeds(rows, *keys) -> dict:

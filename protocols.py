@@ -168,7 +168,7 @@ def collect(run: Run, kinds: dict, detectors: list, floor=False, losses=True) ->
                         for name, value in object_measures(clip, run.test.state(index), context).items():
                             objects[kind][name].append(value[None])
                         if kind == "real" and context:
-                            objects["other future"]["end"].append(run.test.state(index, context).position[-1:, 0])
+                            objects["other future"]["path"].append(run.test.state(index, context).position[None, context:, 0])
                 bar.update(len(real))
             if losses and len(parts) * run.batch < 256:
                 parts.append((len(real), held_out_losses(run, real)))
@@ -210,13 +210,11 @@ def summarise(detectors, got: Collected, trajectories: list[str], pooled: bool, 
         result |= {name: {kind: float(got.objects[kind][name].mean()) for kind in ["real", *kinds]} for name in ("right", "shaped")}
         result["speed_ratio"] = {kind: float(np.nanmean(got.objects[kind]["speed"]) / speed) for kind in kinds}
         if len(trajectories) > 1:
-            ends = [got.objects[kind]["end"] for kind in trajectories[:2]]
-            apart = lambda a, b: float(np.nanmean(np.linalg.norm(a - b, axis=-1)))
-            result["ends_apart"] = apart(*ends)
-            off = [np.linalg.norm(got.objects[kind]["end"] - got.objects["real"]["end"], axis=-1) for kind in trajectories]
-            result["end_error"] = float(np.nanmean(np.fmin.reduce(off)))  # of the best sample
-            if "other future" in got.objects:
-                result["ends_apart_real"] = apart(got.objects["real"]["end"], got.objects["other future"]["end"])
+            paths = {kind: of["path"] for kind, of in got.objects.items()}
+            off = lambda a, b, frame: np.linalg.norm(paths[a][:, frame] - paths[b][:, frame], axis=-1)  # (clips,)
+            result["end_error"] = float(np.nanmean(np.fmin.reduce([off(kind, "real", -1) for kind in trajectories])))  # of the best sample
+            pairs = {"apart": trajectories[:2]} | ({"apart_real": ("real", "other future")} if "other future" in paths else {})
+            result |= {f"{where}_{name}": float(np.nanmean(off(*pair, frame))) for name, pair in pairs.items() for where, frame in (("ends", -1), ("first", 0))}
     return result
 
 

@@ -14,6 +14,7 @@ import choice
 import config
 import sample
 import slow
+import storage
 from canvas import CanvasMAR, clip_generator
 from choice import Choice, smallness
 from config import UserError
@@ -139,6 +140,13 @@ def test_what_cannot_work_is_refused():
     ):
         with pytest.raises(UserError, match=said):
             tiny(*words)
+
+
+def test_without_a_latent_its_keys_do_not_keep_a_run_from_going_on():
+    old, words = tiny(), ("model.choice_weight=0.7", "model.choice_loss=moments", "model.drop_choice=0")
+    assert storage.compare(old, tiny(*words), "here") == ""
+    with pytest.raises(UserError, match="model.choice_weight"):
+        storage.compare(tiny(*ON), tiny(*ON, *words), "here")
 
 
 def test_an_older_configuration_has_none():

@@ -90,7 +90,7 @@ def test_the_truth_scores_best_and_the_context_does_not_count_in_psnr(run):
     frechet = [e["frechet"] for e in s["detectors"]["offline"]["each"]]
     assert frechet[0] < 1e-6 < frechet[1]  # but in scores of sets it does
     assert s["right"] == {"real": 1, "a": 1, "b": 1} and s["speed_ratio"]["a"] == 1 and s["ends_apart"] == 0
-    assert 0 < s["ends_apart_real"] < 0.5  # of two futures that the simulator plays
+    assert 0 < s["first_apart_real"] < s["ends_apart_real"] < 0.5 and s["first_apart"] == 0  # of two futures that the simulator plays
     assert not collect(run, {"a": spoiled}, [metrics.Offline()], losses=False).losses
 
 

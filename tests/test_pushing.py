@@ -115,7 +115,7 @@ def test_real_clips_are_right_and_measured_as_the_simulator_moved(clips):
             found, step = object_measures(clip, state, context), np.diff(state.position[:, 0], axis=0)[max(context - 1, 0) :]
             assert found["right"].shape == found["shaped"].shape == (10 - context,) and found["right"].all() and found["shaped"].all()
             np.testing.assert_allclose(found["speed"], np.hypot(*step.T), atol=0.03)
-            np.testing.assert_allclose(found["end"], state.position[-1, 0], atol=0.5 / 32)
+            np.testing.assert_allclose(found["path"], state.position[context:, 0], atol=0.5 / 32)
 
 
 def test_each_fault_is_seen_by_the_measure_made_for_it(clips):
