@@ -112,9 +112,9 @@ def arms(cfg) -> dict:
     }
     sizes = {"w of 0": won, **{f"w of {size}": w(size) for size in (4, 8, 16, 32)}}
     quarter = sizes | {"w of 16, moments": moments} | {name: keys for one in WAYS for name, keys in way(*one).items()}
-    whole = {name: keys for one in (("choice_weight", 0.1), ("past_noise", 0.6), ("past_noise", 0.3)) for name, keys in way(*one).items()}
+    whole = {f"whole: {name}": keys for one in (("choice_weight", 0.1), ("past_noise", 0.3)) for name, keys in way(*one).items()}
     shorter = lambda name, part, of: {f"{name}: {arm}": keys | {"train.steps": max(1, cfg.train.steps // part)} for arm, keys in of.items()}
-    return full | shorter("half", 2, half) | shorter("quarter", 4, quarter) | shorter("whole", 1, whole)
+    return full | shorter("half", 2, half) | shorter("quarter", 4, quarter) | whole
 
 
 def run_folder(plan, arm, seed) -> Path:

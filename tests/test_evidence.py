@@ -82,7 +82,7 @@ def test_only_what_the_named_parts_score_is_trained(monkeypatch):
     assert evidence.needed(plan, ()) == evidence.needed(plan, ("steps", "levers")) == evidence.trainings(plan)
     assert of(plan, "steps") == of(small, "guidance", "strip") == list(evidence.MAIN) and set(of(plan, "length")) == {*evidence.MAIN, *evidence.NOISE}
     assert of(plan, "futures") == [evidence.CHOICE[0]]
-    assert set(of(plan, "choice")) == set(evidence.CHOICE) and of(plan, "ablations") == [arm for arm in of(plan) if "quarter: w of" in arm]
+    assert set(of(plan, "choice")) == set(evidence.CHOICE) and of(plan, "ablations") == [arm for arm in of(plan) if ": w of" in arm]
 
 
 def test_scales_are_chosen_on_clips_that_do_not_score(plan):
