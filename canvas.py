@@ -59,8 +59,7 @@ class CanvasMAR(nn.Module):
         else:
             read = z_t
             if self.choice:
-                before = torch.cat([p[:, :1], f[:, :-1]], dim=1)  # without noise
-                read, others, logs = self.choice(f, before, z_t, told, draws)
+                read, others, logs = self.choice(f, torch.cat([p[:, :1], f[:, :-1]], dim=1), z_t, told, draws)  # before, without noise
                 told = torch.where(kept, read, self.null.to(z_t.dtype)) if self.cfg.choice_tells == "both" else told
             z_s, guess = self.canvas(read, p)  # (B, T, N, D), (B, T, N, C)
             error = (guess.float() - f).square()

@@ -186,6 +186,7 @@ class Sample:
     cfg_temporal: float
     cfg_canvas: float
     cfg_choice: float = field(metadata={"before": 1.0})
+    choice_temperature: float = field(metadata={"low": 0, "high": math.inf, "before": 1.0})
     choice_steps: int = field(metadata={"low": 1, "high": 65536, "before": 10})
     order: str = one_of("random", "motion")
 
@@ -295,8 +296,8 @@ def check(cfg: Config) -> None:
                         f"(data.size={d.size}, tokenizer.stride={t.stride})")
     if m.canvas_latent and not m.canvas:
         raise UserError(f"model.canvas_latent={m.canvas_latent} needs the canvas (model.canvas=true), which it tells what to show")
-    if s.cfg_choice != 1 and not m.canvas_latent:
-        raise UserError(f"sample.cfg_choice={s.cfg_choice:g} guides how the latent is drawn that tells the canvas what to show; model.canvas_latent=0 has none")
+    if not m.canvas_latent and (s.cfg_choice, s.choice_temperature) != (1, 1):
+        raise UserError("sample.cfg_choice and sample.choice_temperature are of the latent that tells the canvas what to show; model.canvas_latent=0 has none")
     if s.order == "motion" and not m.canvas:
         raise UserError("sample.order=motion needs the canvas (model.canvas=true) to tell what will move")
     if d.name != "pushing" and not d.path:

@@ -63,7 +63,7 @@ class Plan:
 
 MAIN = ("canvas", "uniform", "uniform, deeper")
 NOISE = ("canvas", "no noise", "noise x2")
-CHOICE = ("w of 16", "w of 16, moments", "past noise x2, change of the last frame", "past noise x2, uniform, deeper")
+CHOICE = ("w of 16", "w of 16, moments", "past noise x2, change of the last frame", "past noise x2, uniform, deeper")  # the last but one: the paper's canvas
 SMALL = Plan(name="evidence_small", seeds=(0, 1), train_steps=500, clips=96, steps=(1, 2, 4, 8), scales=(1.0, 1.5, 2.0), canvas_scales=(1.0, 1.5, 2.0),
              levers=("no noise on the past",))  # fmt: skip
 BEFORE = {"model.past_noise": 0.6, "model.canvas_change": False}  # as it was before the levers that won: all arms are changes of that
@@ -287,7 +287,7 @@ class Rows:
     def sample(self, run, arm, seed, samples=0, **changes) -> dict:
         """The scores and the cost of one arm sampled in one way."""
         opts, samples = replace(run.cfg.sample, **changes), samples or self.plan.samples
-        way = {k: v for k, v in asdict(opts).items() if k != "clips"} | {"samples": samples}
+        way = {k: v for k, v in asdict(opts).items() if k != "clips" and (run.model.choice or "choice" not in k)} | {"samples": samples}
         return self.add(run, {"arm": arm, "seed": seed} | way, lambda: {"flops": cost(run, opts)} | score(run, opts, samples))
 
 
@@ -398,19 +398,21 @@ def levers(plan, rows):
 
 def choice(plan, rows):
     """Ours, `choice.py`: few steps with a canvas that chooses one future, with the paper's and without one, for each S at the scale that is
-    best on the clips that choose (first seed, by frames with right shapes: strong guidance spoils them first). The best of ten futures, and
-    with the first seed how the prior is solved and guided."""
-    few = plan.steps[:4]
+    best on the clips that choose (first seed, by frames with right shapes: strong guidance spoils them first). The best of ten futures, what
+    the temperature does, and with the first seed how the prior is solved and guided."""
     for arm in CHOICE:
         tune, runs = open_run(plan, arm, plan.seeds[0], tune=True), {seed: open_run(plan, arm, seed) for seed in plan.seeds}
-        for s in few:
+        for s in plan.steps[: 1 if "moments" in arm else 4]:
             tuned = {w: rows.sample(tune, arm, plan.seeds[0], 1, steps=s, **scales(w, w)) for w in (1.0, 1.5, 2.0)}
             best = {"steps": s} | scales(*2 * (max(tuned, key=lambda w: merit(tuned[w] | {"right": tuned[w]["shaped"]})),))
-            ways = [{}, scales(1.0, 1.0)] if best["cfg_temporal"] > 1 and (arm, s) == (CHOICE[0], few[0]) else [{}]
-            ways += [{"samples": 10}] if (arm, s) in zip(CHOICE, (few[0], few[-1])) else []
+            ways, closer = [{}], []
+            if (arm, s) == (CHOICE[0], plan.steps[0]):
+                ways += [scales(1.0, 1.0), {"samples": 10}, *({"choice_temperature": t} for t in (1.25, 1.5)), {"choice_temperature": 1.5, "samples": 10}]
+                closer = [{"choice_steps": 1}, {"choice_steps": 2}, {"choice_steps": 10}, {"cfg_choice": 1.5}, {"cfg_choice": 2.0}]
+            ways += [{"samples": 10}] if (arm, s) == (CHOICE[-2], plan.steps[:4][-1]) else []
             for (seed, run), changes in itertools.product(runs.items(), ways):
                 rows.sample(run, arm, seed, **best | changes)
-            for changes in ({"choice_steps": 1}, {"choice_steps": 2}, {"choice_steps": 10}, {"cfg_choice": 1.5}, {"cfg_choice": 2.0}) if (arm, s) == (CHOICE[0], few[0]) else ():
+            for changes in closer:
                 rows.sample(runs[plan.seeds[0]], arm, plan.seeds[0], **best | changes)
 
 

@@ -103,9 +103,9 @@ def draw_choice(rows, path):
 
 def in_words(row) -> str:
     """Its arm, and what else is not as in most rows of `choice`."""
-    said = {"samples": "best of {} samples", "choice_steps": "prior in {} steps", "cfg_choice": "prior guided by {}"}
-    usual = {"samples": 2, "choice_steps": 5, "cfg_choice": 1.0}
-    return ", ".join([row["arm"], *(said[key].format(row[key]) for key in said if row[key] != usual[key])])
+    said = {"samples": "best of {} samples", "choice_steps": "prior in {} steps", "cfg_choice": "prior guided by {}", "choice_temperature": "temperature {}"}
+    usual = {"samples": 2, "choice_steps": 5, "cfg_choice": 1.0, "choice_temperature": 1.0}
+    return ", ".join([row["arm"], *(said[key].format(row[key]) for key in said if row.get(key, usual[key]) != usual[key])])
 
 
 def draw_length(rows, path):

@@ -94,7 +94,7 @@ def choose(model, z_t, eps, opts):
     """The latent w (B, L) that tells the canvas which future to show, drawn from its prior. z_t (B, N, D), eps (B, L) standard normal."""
     null, scale = model.null.to(z_t.dtype).expand_as(z_t), opts.cfg_choice
     weights, told = zip(*(pair for pair in ((scale, z_t), (1 - scale, null)) if pair[0]))
-    return solve(guided(model.choice.prior, model.choice.read(torch.cat(told)), weights), eps, opts.choice_steps, opts.solver)
+    return solve(guided(model.choice.prior, model.choice.read(torch.cat(told)), weights), opts.choice_temperature * eps, opts.choice_steps, opts.solver)
 
 
 def to_device(rows, device):

@@ -50,7 +50,7 @@ def slow_frames(model, context, opts, seed, clips):
             choice, x = model.choice, torch.stack([torch.randn(model.cfg.canvas_latent, generator=g) for g in streams]).to(context.device)
             c, none, w = choice.read(z_t), choice.read(model.null.expand_as(z_t)), opts.cfg_choice
             v = lambda x, tau: sum(a * choice.prior(x, x.new_full(x.shape[:-1], tau), b).float() for a, b in ((w, c), (1 - w, none)))
-            read = z_t + choice.enter(solve(v, x, opts.choice_steps, opts.solver))[:, None]
+            read = z_t + choice.enter(solve(v, opts.choice_temperature * x, opts.choice_steps, opts.solver))[:, None]
             z_t = read if model.cfg.choice_tells == "both" else z_t
         z_s, canvas = model.canvas(read, previous) if model.canvas else (torch.zeros_like(z_t), None)
         order = random_order(noise) if opts.order == "random" else motion_order(canvas, previous, noise)

@@ -78,7 +78,7 @@ def test_another_w_is_another_canvas():
     assert torch.equal(off.canvas[0], off.canvas[1])  # the mean over futures
 
 
-@pytest.mark.parametrize("changes", [{}, {"cfg_choice": 1.5}, {"cfg_choice": 0.0, "solver": "euler"}])
+@pytest.mark.parametrize("changes", [{}, {"cfg_choice": 1.5}, {"cfg_choice": 0.0, "solver": "euler", "choice_temperature": 0.7}])
 @pytest.mark.parametrize("words", [(), ("model.choice_tells=both", "model.choice_reads=mean")], ids=["canvas", "both"])
 def test_fast_and_slow_sampling_agree(changes, words):
     model, opts = tiny_model(*ON, *words), replace(tiny(*ON).sample, **changes)
@@ -137,6 +137,7 @@ def test_what_cannot_work_is_refused():
         (("model.canvas_latent=4", "model.canvas=false"), "needs the canvas"),
         (("model.canvas_latent=4", "model.choice_noise=0"), "choice_noise"),
         (("sample.cfg_choice=1.5",), "model.canvas_latent=0 has none"),
+        (("sample.choice_temperature=2",), "model.canvas_latent=0 has none"),
     ):
         with pytest.raises(UserError, match=said):
             tiny(*words)
@@ -151,6 +152,6 @@ def test_without_a_latent_its_keys_do_not_keep_a_run_from_going_on():
 
 def test_an_older_configuration_has_none():
     tree = config.to_dict(tiny())
-    for section, key in (("model", "canvas_latent"), ("model", "choice_noise"), ("model", "choice_weight"), ("model", "choice_loss"), ("model", "drop_choice"), ("sample", "cfg_choice"), ("sample", "choice_steps")):
+    for section, key in (("model", "canvas_latent"), ("model", "choice_noise"), ("model", "choice_weight"), ("model", "choice_loss"), ("model", "drop_choice"), ("sample", "cfg_choice"), ("sample", "choice_temperature"), ("sample", "choice_steps")):
         del tree[section][key]
     assert CanvasMAR(config.from_dict(tree)).choice is None
