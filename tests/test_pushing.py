@@ -203,11 +203,11 @@ def test_harder_worlds_have_more_objects_and_another_table_in_every_clip_and_sta
     assert all(not torch.equal(tables[0], table) for table in tables[1:])
 
 
-def test_a_lost_gripper_has_no_speed_and_no_end(clips):
+def test_a_lost_gripper_has_no_speed_and_no_place(clips):
     found = {"x": np.array([[0.1], [np.nan], [0.3]]), "y": np.array([[0.1], [np.nan], [0.3]])}
     assert np.isnan(gripper_speed(found)).all()
     clip, state = clips[0]
     clip = clip.copy()
     clip[-1] = np.uint8(255 * np.array(pushing.TABLE))
     found = object_measures(clip, state, 2)
-    assert np.isnan(found["end"]).all() and np.isnan(found["speed"]).tolist() == [False] * 7 + [True] and not found["right"][-1]
+    assert np.isnan(found["path"][-1]).all() and not np.isnan(found["path"][:-1]).any() and np.isnan(found["speed"]).tolist() == [False] * 7 + [True] and not found["right"][-1]
