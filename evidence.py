@@ -10,6 +10,7 @@ many test clips as the plan says; scales are chosen on others, that lie between 
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -293,8 +294,13 @@ class Rows:
 
 def cost(run, opts) -> float:
     """Counted FLOPs of one frame more of one clip, all branches of the guidance included."""
+    return _cost(replace(run.cfg, run="", seed=0, tokenizer=replace(run.cfg.tokenizer, checkpoint="")), replace(opts, choice_temperature=1.0))
+
+
+@functools.cache
+def _cost(cfg, opts) -> float:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return float(sum(flops.frame_flops(CanvasMAR(run.cfg), opts).values()))
+        return float(sum(flops.frame_flops(CanvasMAR(cfg), opts).values()))
 
 
 def _commit() -> str:
