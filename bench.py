@@ -2,6 +2,7 @@
 
     python bench.py train [config] [key=value]          # a training step: parts, MFU, memory, slow twins
     python bench.py sample [config] [key=value]         # a generated frame: the same
+    python bench.py busy [config] [key=value]           # a training step alone, and beside a second copy of itself
     python bench.py data [config] [key=value]           # clips a second and core, on videos made for it, or --videos DIR
     python bench.py save [config] [key=value]           # how long a checkpoint keeps training waiting
     python bench.py cost CONFIG [key=value]             # parameters, tokens, FLOPs, memory, GPU hours: counted, without a GPU
@@ -25,10 +26,10 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
+import config  # before torch: it says how threads wait
 import numpy as np
 import torch
 
-import config
 import data
 import sample
 import storage
@@ -38,7 +39,7 @@ import video
 from canvas import Cache, CanvasMAR, clip_generator
 from config import UserError
 from flops import blocks, count, real_parts, step_parts, watched
-from machine import Machine, autocast, compiler_in_words, compiles, pick_device, pick_precision
+from machine import autocast, compiler_in_words, compiles, pick_device, pick_precision
 from slow import loss_everywhere, masked_attention, slow_frames
 
 # ------------------------------------------------------------------------------------------------------ taking the time
@@ -49,7 +50,7 @@ class Bench:
 
     def __init__(self, cfg, repeats):
         self.device, self.repeats = pick_device(cfg.device), repeats
-        self.precision = pick_precision(cfg, Machine(self.device, 0, 1), None)
+        self.precision = pick_precision(cfg, self.device)
         self.wait = getattr(torch, self.device.type).synchronize if self.device.type != "cpu" else lambda: None
         self.name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()} {self.device.type}"
         self.figures = {"command": sys.argv, "device": self.name, "threads": torch.get_num_threads(), "torch": torch.__version__, "precision": self.precision}
@@ -182,6 +183,37 @@ def bench_train(args) -> dict:
         profile(bench, ways[way])
     return bench.figures | {"matmul_peak": peak, "step_seconds": step, "tokens_per_second": counted["tokens_a_step"] / step, "mfu": flops / step / peak,
                             "peak_memory_bytes": memory, "part_seconds": seconds, "counted": counted, "times_faster": ratios}  # fmt: skip
+
+
+def bench_busy(args) -> dict:
+    """A training step alone and beside a second process that takes the same steps, in turns: 2 is a fair share of the cores."""
+    cfg = config.load(args.config, args.overrides)
+    bench = Bench(cfg, args.repeats)
+    step, spawn = Training(cfg, bench).step, torch.multiprocessing.get_context("spawn")
+    ready, go, times = spawn.Event(), spawn.Event(), {"alone": [], "beside": []}
+    copy = spawn.Process(target=take_steps, args=(cfg, ready, go), daemon=True)
+    copy.start()
+    ready.wait()
+    for _ in range(4):
+        for name, now in (("alone", go.clear), ("beside", go.set)):
+            now()
+            bench.seconds(step)  # the other's last step may still run
+            times[name] += [bench.seconds(step) for _ in range(args.repeats)]
+    copy.kill()
+    alone, beside = (statistics.median(of) for of in times.values())
+    threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS", *config.WAITING) if name in os.environ}
+    print(f"{bench.name}, {torch.get_num_threads()} threads, {threads}: {1e3 * alone:.4g} ms a step alone, "
+          f"{1e3 * beside:.4g} ms beside a second copy of itself, {beside / alone:.2f} times as long")  # fmt: skip
+    return bench.figures | {"environment": threads, "seconds": times, "beside_over_alone": beside / alone}
+
+
+def take_steps(cfg, ready, go):
+    """Take training steps while `go` is set, for ever."""
+    step = Training(cfg, Bench(cfg, 0)).step
+    step()
+    ready.set()
+    while go.wait():
+        step()
 
 
 def peak_memory(bench, work) -> int:
@@ -486,7 +518,7 @@ def main():
         parser.add_argument("--gpus", type=int, default=8)
         parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of a GPU (default: H100, dense bf16)")
         parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
-    ways = {"train": bench_train, "sample": bench_sample, "data": bench_data, "save": bench_save, "cost": bench_cost}
+    ways = {"train": bench_train, "busy": bench_busy, "sample": bench_sample, "data": bench_data, "save": bench_save, "cost": bench_cost}
     if what not in ways:
         raise UserError(f"usage: bench.py {'|'.join(ways)} ... (--help after either lists the options)")
     args = parser.parse_args(sys.argv[2:])

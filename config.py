@@ -14,12 +14,20 @@ import errno
 import importlib
 import math
 import os
+import re
 import reprlib
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+
+# Threads that wait actively get in each other's way as soon as anything else runs. Read when torch is loaded, so the scripts
+# import this module before it; whoever starts them may have chosen otherwise.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+if not os.environ.keys() & {*WAITING}:
+    os.environ.update(GOMP_SPINCOUNT="1000", KMP_BLOCKTIME="0")  # turns of GNU's OpenMP, milliseconds of LLVM's
 
 
 class UserError(Exception):
@@ -91,6 +99,10 @@ def one_of(*names, **more):
     return field(metadata={"choices": names} | more)
 
 
+def a_path():
+    return field(metadata={"path": True})
+
+
 MANY = 10**9  # beyond all that is meant; a slip of the finger should not begin to fill the memory
 
 
@@ -104,10 +116,10 @@ def within(low, high=math.inf):
 @dataclass(frozen=True)
 class Data:
     name: str = one_of("pushing", "folder", "bair")
-    path: str
-    test_list: str
+    path: str = a_path()
+    test_list: str = a_path()
     size: int = within(8, 4096)
-    frames: int = within(2, 4096)
+    frames: int = within(3, 4096)  # of 2 none would ever be trained with few masked tokens (mar.choose_masked)
     stride: int = within(1, 4096)
     train_clips: int = within(1, MANY)
     objects: int = field(metadata={"low": 2, "high": 4, "before": 3})
@@ -117,7 +129,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    checkpoint: str
+    checkpoint: str = a_path()
     stride: int = within(2, 256)
     channels: int = within(1, 4096)
     width: int = within(4, 8192)
@@ -193,7 +205,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Config:
-    run: str
+    run: str = a_path()
     seed: int = within(0, 2**32 - 1)
     device: str = one_of("auto", "cuda", "mps", "cpu")
     data: Data
@@ -228,10 +240,7 @@ def load(path, overrides=()) -> Config:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise UserError(f"override '{override}': '{parent}' is a value, not a section")
-        try:
-            node[last] = yaml.load(value, Loader) if value else ""
-        except BROKEN:
-            raise UserError(f"override '{override[:100]}': the value is not valid YAML") from None
+        node[last] = value
     return from_dict(tree, where=str(path))
 
 
@@ -311,27 +320,17 @@ def check(cfg: Config) -> None:
 BROKEN = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)  # PyYAML raises all of them
 
 
-class Loader(yaml.SafeLoader):
-    """Plain values only, and no key twice: PyYAML takes the last one without a word."""
+class Loader(yaml.BaseLoader):
+    """Every scalar as the text that stands there, parsed later by the type of its field; no key twice: PyYAML takes the
+    last one without a word."""
 
     def construct_mapping(self, node, deep=False):
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        twice = next((key for key, times in Counter(keys).items() if times > 1), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(None, None, f"the key '{twice}' stands there twice", node.start_mark)
         return super().construct_mapping(node, deep)
-
-    def flatten_mapping(self, node):
-        """No `<<`: a few nested ones would fill the memory."""
-
-    def construct_yaml_int(self, node):
-        if len(node.value) > 100:
-            raise yaml.constructor.ConstructorError(None, None, "a number of more than 100 digits", node.start_mark)
-        return super().construct_yaml_int(node)
-
-
-Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 
 
 def _read(path: Path, seen: tuple) -> dict:
@@ -379,18 +378,25 @@ def fill(kind, tree, prefix, where):
     return kind(**values)
 
 
+NUMBER = re.compile(r"[-+]?(0|[1-9]\d*)?(\.\d*)?([eE][-+]?\d+)?", re.ASCII)  # no 010, 1:30, 0x10, 1_000: YAML reads them in its own way
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
 def _value(f, value, name, where):
-    """One value, coerced to its type: PyYAML reads 1e-4 as text, and `true` as a bool even where a word is meant."""
+    """One value, parsed by the type of its field where it is text; paths with the home folder in the place of `~`."""
     wrong = UserError(f"{where}: {name} must be {f.type.__name__}, got {reprlib.repr(value)}")
-    if f.type is str:
-        value = "" if value is None else str(value).lower() if isinstance(value, bool) else value
-    elif f.type in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if f.type is bool and isinstance(value, str):
+        value = WORDS.get(value.lower(), value)
+    elif f.type is str and f.metadata.get("path") and isinstance(value, str):
+        value = os.path.expanduser(value)
+    elif f.type in (int, float) and not isinstance(value, bool):
         try:
-            value = value if type(value) is f.type else float(value)
-        except (ValueError, OverflowError):
+            if isinstance(value, str) and not NUMBER.fullmatch(value):
+                raise ValueError
+            number = float(value)
+        except (ValueError, OverflowError, TypeError):
             raise wrong from None
-        if f.type is int and isinstance(value, float) and value.is_integer():
-            value = int(value)
+        value = int(number) if f.type is int and number.is_integer() else number
     if type(value) is not f.type:
         raise wrong
     if isinstance(value, float) and not math.isfinite(value):

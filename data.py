@@ -29,8 +29,11 @@ def open_source(data: Data, seed: int, split: str, frames: int, cache=None):
 
     Indices beyond len(source) wrap to the same items; a video then gives another random stretch of itself. With
     `clip(index, start=k)` the stretch begins at the item's frame k instead. cache: a file that keeps the index of a folder
-    of videos. Raises UserError for a folder without usable videos and for damaged TFRecords.
+    of videos. Raises UserError for a data.path that is not there, a folder without usable videos and for damaged TFRecords.
     """
+    if data.path and not os.path.exists(data.path):
+        whence = "" if os.path.isabs(data.path) else f" in {os.getcwd()}, where this was started; a whole path is found from everywhere"
+        raise UserError(f"there is no data.path={data.path}{whence}")
     if data.name == "folder":
         return Folder(data, seed, split, frames, cache)
     return {"pushing": Pushing, "bair": Bair}[data.name](data, seed, split, frames)

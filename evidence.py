@@ -24,11 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import config  # before torch: it says how threads wait
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import config
 import figures
 import flops
 import metrics
@@ -128,7 +128,7 @@ def out_folder(plan) -> Path:
 
 def before(plan) -> dict:
     """What all arms are changes of, beside the configuration file."""
-    return BEFORE | ({"train.steps": plan.train_steps} if plan.train_steps else {})
+    return BEFORE | {"train.precision": "fp32"} | ({"train.steps": plan.train_steps} if plan.train_steps else {})
 
 
 def words(keys: dict) -> list[str]:
@@ -169,10 +169,7 @@ def needed(plan, parts) -> list[tuple[str, int]]:
 
 def compare(folder, cfg):
     """Raises UserError unless the run there is that of cfg."""
-    there = config.load(folder / "config.yaml")
-    if cfg.train.precision == "auto":  # it was settled there
-        cfg = replace(cfg, train=replace(cfg.train, precision=there.train.precision))
-    storage.compare(there, cfg, folder, free=APART)
+    storage.compare(config.load(folder / "config.yaml"), cfg, folder, free=APART)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -18,11 +18,11 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import config  # before torch: it says how threads wait
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import config
 import metrics
 import sample
 import storage

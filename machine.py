@@ -16,7 +16,6 @@ from typing import Callable
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.utils._triton import has_triton
 
 from config import Config, UserError
@@ -75,8 +74,9 @@ def start(cfg: Config) -> Machine:
     if ranks > 1 and device.type == "mps":
         raise UserError("an Apple GPU is for one process; start it by `python train.py`, or set device=cpu")
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=meet(rank, ranks), rank=rank, world_size=ranks)
-        machine.group, machine.patient = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+        backend, hour = "nccl" if device.type == "cuda" else "gloo", timedelta(hours=1)  # rank 0 draws previews, saves, and the others wait
+        dist.init_process_group(backend, store=meet(rank, ranks), rank=rank, world_size=ranks, timeout=hour)
+        machine.group, machine.patient = dist.new_group(backend="gloo", timeout=hour), dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
     def stop(number, _frame):
         again = machine.stopped and time.monotonic() > machine.asked + 2  # torchrun passes a ctrl-c on a second time
@@ -172,22 +172,11 @@ def check_memory(parameters: int, device: torch.device) -> None:
                         f"{there / 2**30:,.0f} GiB: lower model.width, head_width or the depths")  # fmt: skip
 
 
-def pick_precision(cfg: Config, machine: Machine, old: Config | None) -> str:
-    """Resolve train.precision=auto: as the run has decided already, else bf16 on a GPU that has it, else on a CPU by timing
-    a small training step both ways."""
-    device, asked = machine.device, cfg.train.precision
-    if asked != "auto" or device.type == "mps":
-        return asked.replace("auto", "fp32")
+def pick_precision(cfg: Config, device: torch.device, old: Config | None = None) -> str:
+    """Resolve train.precision=auto: as the run has decided already, else bf16 on CUDA devices that have it, else fp32."""
+    if cfg.train.precision != "auto":
+        return cfg.train.precision
     if old:
         return old.train.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    net = nn.Sequential(nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96), nn.LayerNorm(96))
-    x, seconds = torch.randn(4096, 96), {}
-    for precision in ("fp32", "bf16", "fp32", "bf16"):  # the first two warm up
-        begin = time.perf_counter()
-        for _ in range(10):
-            with autocast(device, precision):
-                net(x).float().sum().backward()
-        seconds[precision] = time.perf_counter() - begin
-    return "fp32" if seconds["bf16"] > 0.9 * seconds["fp32"] else "bf16"
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"

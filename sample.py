@@ -14,12 +14,12 @@ from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 
+import config  # before torch: it says how threads wait
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-import config
 import data
 import storage
 import tokenizer as vae

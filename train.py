@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
+import config  # before torch: it says how threads wait
 import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-import config
 import data
 import sample
 import storage
@@ -86,7 +86,7 @@ def open_run(cfg: Config, machine: Machine, stack) -> Config:
             old = config.load(file)
         except UserError as error:
             warn(f"{error}; what the checkpoints in {folder} say of themselves is compared instead")
-    cfg = replace(cfg, train=replace(cfg.train, precision=pick_precision(cfg, machine, old)))
+    cfg = replace(cfg, train=replace(cfg.train, precision=pick_precision(cfg, machine.device, old)))
     changed = storage.compare(old, cfg, folder, () if model else storage.FIRST_STAGE) if old else ""
     if changed:
         say(f"{folder} goes on with {changed}")

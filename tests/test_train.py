@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 from test_storage import child, files, same
 
 import config
+import machine
 import sample
 import storage
 from train import agreed_fingerprint, ema_decay, lr_share, make_optimizer, update_ema
@@ -142,7 +144,7 @@ def test_precision_is_decided_once_and_kept(tmp_path, train_here, precision):
     run = tmp_path / "run"
     train_here(run, f"train.precision={precision}")
     decided = config.load(run / "config.yaml").train.precision
-    assert decided in (("fp32", "bf16") if precision == "auto" else ("bf16",))
+    assert decided == {"auto": "fp32", "bf16": "bf16"}[precision]
     train_here(run, f"train.precision={precision}", "train.steps=5")
     assert config.load(run / "config.yaml").train.precision == decided
 
@@ -717,7 +719,8 @@ def test_a_run_whose_terminal_is_gone_still_saves(tmp_path, named):
 
 def test_two_processes_train_both_stages_and_go_on_with_one(tmp_path, train_here):
     run = tmp_path / "run"
-    script(*TORCHRUN, "train.py", "config.yaml", f"run={run}", *TINY, "train.precision=auto")
+    _, err = script(*TORCHRUN, "train.py", "config.yaml", f"run={run}", *TINY, "train.precision=auto")
+    assert "Warning" not in err  # DDP says so where a gradient does not lie in memory as its parameter does
     assert "4 clips a step" in error_line(*train_here(run, "train.precision=auto"))
     train(run, "train.steps=6", "train.batch=4", "train.precision=auto")
     assert torch.load(run / "latest.pt", weights_only=True)["step"] == 6
@@ -758,6 +761,48 @@ def test_cuda_goes_on_as_the_unbroken_run_up_to_rounding(tmp_path, precision):
     one, two = (storage.read(run / "latest.pt", "model")["net"] for run in (whole, broken))
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-3, rtol=1e-2)
+
+
+SHOW_WAITING = """
+import os, sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print([os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")])
+            os._exit(0)
+sys.meta_path.insert(0, Stop())
+import """
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "fvd", "bench", "evidence"])
+def test_threads_are_told_to_wait_passively_before_torch_is_there_unless_the_user_says_how(name, monkeypatch):
+    for variable in config.WAITING:
+        monkeypatch.delenv(variable, raising=False)
+    assert script("-c", SHOW_WAITING + name)[0] == "[None, '1000', '0']\n"
+    for variable in config.WAITING:
+        expected = ["7" if of == variable else None for of in config.WAITING]
+        assert script("-c", SHOW_WAITING + name, **{variable: "7"})[0] == f"{expected}\n"
+
+
+def test_processes_wait_an_hour_for_the_first_one(monkeypatch):
+    given = {}
+    monkeypatch.setattr(machine.dist, "init_process_group", lambda *_, **options: given.update(options))
+    monkeypatch.setattr(machine.dist, "new_group", lambda **options: given.setdefault(options["timeout"]))
+    monkeypatch.setattr(machine, "meet", lambda *_: None)
+    monkeypatch.setattr(machine.signal, "signal", lambda *_: None)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    machine.start(tiny())
+    assert given["timeout"] == timedelta(hours=1) and timedelta(hours=1) in given
+
+
+def test_precision_follows_from_the_device_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    cfg = tiny("train.precision=auto")
+    kinds = {kind: machine.pick_precision(cfg, torch.device(kind)) for kind in ("cuda", "mps", "cpu")}
+    assert kinds == {"cuda": "bf16", "mps": "fp32", "cpu": "fp32"}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert machine.pick_precision(cfg, torch.device("cuda")) == "fp32"
 
 
 def test_importing_a_module_has_no_side_effect():
