@@ -78,7 +78,7 @@ class CanvasMAR(nn.Module):
         return self.mar.embed(guess if sigma is None else perturb(guess, sigma, noise[..., : self.channels]))
 
     def draw(self, generators: list[torch.Generator], frames: int, ratio: float | None = None) -> "Draws":
-        """All randomness of one training step, one generator per clip, on the generators' device.
+        """All randomness of one training step, one generator per clip, on the generators' device: a CPU and a GPU draw other numbers.
 
         `ratio` fixes the mask ratio of every frame, otherwise it follows `mask_ratio`, stratified over a clip's frames.
         """
@@ -226,13 +226,16 @@ class Canvas(nn.Module):
 
 
 def clip_generator(seed: int, clip: int, device="cpu") -> torch.Generator:
-    """The stream of random numbers of one clip: (seed, clip index) alone decide it, never the batch or the machine."""
+    """The stream of random numbers of one clip: (seed, clip index) and the kind of device decide it, never the batch. Sampling
+    draws on the CPU for every device; training draws on its own, so that a run on a GPU sees other noise than one on a CPU."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence([seed, clip]).generate_state(1)[0]))
 
 
 @torch.no_grad()
 def validate(model: CanvasMAR, f, seed: int, ratios=(0.1, 0.3, 0.7, 1.0)) -> dict[str, float]:
-    """Losses on held-out latents f (B, T, N, C), nothing dropped, no noise on canvas or past, the same draws every time.
+    """Losses on held-out latents f (B, T, N, C), nothing dropped, no noise on canvas or past, the same draws every time on one
+    kind of device. A model with a latent is told that of the true frame (its posterior): its `diffusion@r` is not to be
+    compared with that of a model without one.
 
     `diffusion@r` is the diffusion loss at mask ratio r: it must fall with r, or the masked transformer ignores the tokens
     it is given. `canvas` and `copy` are the mean squared errors of the canvas and of repeating the frame before.

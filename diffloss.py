@@ -25,6 +25,9 @@ class DiffLoss(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulate = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, channels)
+        # Radians, half a turn up to 64 turns. Made on the CPU: Apple GPUs have no logspace, and every device gets the same bits.
+        rate = math.pi * torch.logspace(0, 7, FREQUENCIES, base=2, dtype=torch.float32)
+        self.register_buffer("rate", rate, persistent=False)
         for layer in (self.modulate, self.leave):  # start from a velocity of zero, as DiT does
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -34,7 +37,7 @@ class DiffLoss(nn.Module):
 
     def velocity(self, f_tau, tau, condition):
         """As `forward`, with `self.condition(c)` already computed: it is the same at every solver step. The shapes broadcast."""
-        y = nn.functional.silu(self.time(fourier(tau)) + condition)  # (..., width)
+        y = nn.functional.silu(self.time(fourier(tau, self.rate)) + condition)  # (..., width)
         x = self.enter(f_tau)
         for block in self.blocks:
             x = block(x, y)
@@ -72,9 +75,8 @@ class AdaptiveBlock(nn.Module):
 FREQUENCIES = 16
 
 
-def fourier(tau):
-    """tau (...,) in [0, 1] -> (..., 2 * FREQUENCIES) in [-1, 1]: sines and cosines of half a turn up to 64 turns."""
-    rate = math.pi * torch.logspace(0, 7, FREQUENCIES, base=2, device=tau.device, dtype=torch.float32)
+def fourier(tau, rate):
+    """tau (...,) in [0, 1], rate (F,) in radians -> (..., 2 F) in [-1, 1]: sines and cosines."""
     phase = tau.float().unsqueeze(-1) * rate
     return torch.cat([phase.sin(), phase.cos()], dim=-1)
 

@@ -25,7 +25,8 @@ def count(cfg: config.Config) -> dict:
     `step_flops` forward and backward of a training step without the encoding of its clips, `part_flops` by part and with it,
     `sampling_flops_a_frame` one frame more of one clip with all branches of the configured guidance, `activation_bytes` what the
     forward keeps for the backward under bf16 autocast, by its rules for a CPU and without compilation, `state_bytes` weights, gradients, AdamW's two moments
-    and the average, all fp32.
+    and the average, all fp32. Attention's backward counts with what it computes again, 2.5 times its forward and not 2, so an
+    MFU from these figures is slightly higher than one of "model FLOPs".
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, tokenizer, x, draws = real_parts(replace(cfg, train=replace(cfg.train, recompute=False)))  # not part of the arithmetic

@@ -74,8 +74,9 @@ class Tokenizer(nn.Module):
             mean = self.posterior(x.flatten(0, 1))[0].cpu().double()
             sums += torch.stack([mean.sum((0, 2, 3)), (mean**2).sum((0, 2, 3)), torch.full((len(self.mean),), mean[:, 0].numel())])
         mean = sums[0] / sums[2]
-        self.mean.copy_(mean[:, None, None])
-        self.std.copy_((sums[1] / sums[2] - mean**2).clamp(min=1e-12).sqrt()[:, None, None])
+        std = (sums[1] / sums[2] - mean**2).clamp(min=1e-12).sqrt()
+        self.mean.copy_(mean[:, None, None].float())
+        self.std.copy_(std[:, None, None].float())
 
     def fingerprint(self) -> str:
         """A hash of the weights and statistics: a model is only good with the tokenizer it was trained on."""

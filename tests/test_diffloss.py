@@ -106,5 +106,7 @@ def test_a_new_head_predicts_zero_and_its_loss_is_that_of_zero():
 
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_times_are_told_apart(a, b):
-    x, y = fourier(torch.tensor([a, b]))
+    net = DiffLoss(1, 1, 4, 1)
+    x, y = fourier(torch.tensor([a, b]), net.rate)
+    assert torch.equal(net.rate, math.pi * torch.logspace(0, 7, 16, base=2)) and not net.state_dict().keys() & {"rate"}
     assert x.abs().max() <= 1 and (x - y).abs().max() >= min(0.9, 3 * abs(a - b)) - 1e-4

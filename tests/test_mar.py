@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
@@ -55,6 +56,14 @@ def test_masked_tokens_have_the_exact_count_and_about_the_ratio(frames, tokens, 
     assert shift.max() <= math.pi / 2 / frames + 1.5 / tokens  # the common shift that makes the count exact is small
     last = torch.where(masked.bool(), rank, -1).amax(-1)
     assert (last < torch.where(masked.bool(), tokens, rank).amin(-1)).all()  # within a frame, the first of its random order are masked
+
+
+@pytest.mark.parametrize("frames, least", [(2, 4 / math.pi - 1), (3, 0), (6, 0)])
+def test_from_three_frames_on_a_frame_can_be_trained_with_nothing_masked(frames, least):
+    ratio, rank = torch.ones(1, frames), torch.rand(1, frames, 100).argsort(-1)
+    ratio[:, 0] = 0
+    chosen = choose_masked(ratio, rank, masked_count(frames, 100))
+    assert (chosen < 100).sum().item() == round(100 * least)
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
