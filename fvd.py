@@ -81,7 +81,8 @@ def report(s):
         for of, title in ((s["right"], "frames with every object whole and in its colour"), (s["shaped"], "of all frames, those in which each has its shape, too")):
             print(f"{title}: {np.mean(own(of)):.1%} ({each({k: 100 * v for k, v in of.items()}, '%.1f')}; real {of['real']:.1%}, reconstruction {of['reconstruction']:.1%})")
         print(f"gripper's speed over the real one: {np.mean(own(speed)):.3f} ({each(speed, '%.3f')}; reconstruction {speed['reconstruction']:.3f})")
-        for name, of in (("lost", "predicted"), ("ends_lost", "last")):  # what speeds and positions leave out
+        # what speeds and positions leave out
+        for name, of in (("lost", "predicted"), ("ends_lost", "last")):
             lost = {kind: 100 * share for kind, share in s[name].items()}
             print(
                 f"{of} frames without the gripper: {np.mean(own(lost)):.1f}% ({each(lost, '%.1f')};"

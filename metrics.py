@@ -150,8 +150,9 @@ def coverage(a: torch.Tensor, b: torch.Tensor, neighbours=3) -> float:
 
     Precision is that of fake in real, recall that of real in fake (Kynkäänniemi et al. 2019).
     """
-    near = [torch.cdist(part, b).kthvalue(neighbours + 1).values for part in b.split(1000)]
-    inside = [(torch.cdist(part, b) <= torch.cat(near)).any(1) for part in a.split(1000)]
+    kth = lambda x: torch.cdist(x, b).kthvalue(neighbours + 1).values
+    near = torch.cat([kth(part) for part in b.split(1000)])
+    inside = [(torch.cdist(part, b) <= near).any(1) for part in a.split(1000)]
     return float(torch.cat(inside).float().mean())
 
 

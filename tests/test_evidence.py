@@ -150,7 +150,8 @@ def test_differences_are_of_the_same_seed():
 
 
 def test_a_gripper_that_is_found_nowhere_is_worth_nothing_and_drawn_as_nothing(plan, monkeypatch):
-    lost = {"right": 0.0, "shaped": 0.0, "speed": float("nan"), "end_error": float("nan"), "lost": 1.0}
+    nan = float("nan")
+    lost = {"right": 0.0, "shaped": 0.0, "speed": nan, "end_error": nan, "lost": 1.0}
     monkeypatch.setattr(evidence, "cost", lambda *_: 1.0)
     monkeypatch.setattr(evidence, "score", lambda *_: lost)
     row = evidence.Rows(plan, "lost").sample(evidence.open_run(plan, "canvas", 0), "canvas", 0)

@@ -250,7 +250,7 @@ def test_protocols_say_what_the_field_measures():
         assert dataclasses.astuple(protocols.PROTOCOLS[name])[1:] == values
 
 
-# ------------------------------------------------------------------------------------------------------- REAL GENERATED
+# ----------------------------------------------------------------------------------- REAL GENERATED
 
 
 def write_frames(folder, level, frames=3):
@@ -287,7 +287,8 @@ def test_pairs_have_one_name_whatever_the_suffix_of_their_videos(tmp_path, monke
         (tmp_path / "files").mkdir(exist_ok=True)
         write_clip(tmp_path / "files" / f"{name}.mkv", level)
     for a, b in (("files", "frames"), ("frames", "files"), ("files", "files")):
-        here(monkeypatch, tmp_path / a, tmp_path / b, "--paired", *FOLDERS, "--out", tmp_path / "s.json")
+        both = tmp_path / a, tmp_path / b, "--paired", *FOLDERS
+        here(monkeypatch, *both, "--out", tmp_path / "s.json")
         assert json.loads((tmp_path / "s.json").read_text())["psnr"] > 40
 
 
@@ -304,9 +305,12 @@ def test_two_videos_of_one_name_but_for_the_suffix_are_told_apart(tmp_path, monk
         (tmp_path / folder).mkdir()
         for level, suffix in zip((50, 200), suffixes):
             write_clip(tmp_path / folder / f"walk.{suffix}", level)
-    here(monkeypatch, tmp_path / "a", tmp_path / "b", "--paired", *FOLDERS, "--out", tmp_path / "s.json")
+    same = tmp_path / "a", tmp_path / "b", "--paired", *FOLDERS
+    here(monkeypatch, *same, "--out", tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["psnr"] > 40
-    assert "in one only" in refusal(monkeypatch, tmp_path / "a", tmp_path / "c", "--paired", *FOLDERS)
+    assert "in one only" in refusal(
+        monkeypatch, tmp_path / "a", tmp_path / "c", "--paired", *FOLDERS
+    )
 
 
 def test_folders_of_png_are_no_compressed_videos(tmp_path, monkeypatch, capsys):
@@ -359,7 +363,7 @@ def test_files_without_clips_are_one_line(arrays, tmp_path, monkeypatch):
     assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
 
 
-# ------------------------------------------------------------------------------------- what is written, where and when
+# ------------------------------------------------------------------ what is written, where and when
 
 
 def strict(text):
@@ -384,16 +388,28 @@ def test_no_nan_in_json_and_no_warning_where_nothing_is_known(run, trained, monk
         table = strict((trained / "sanity.json").read_text())["table"]
     assert scores["speed_ratio"] == dict.fromkeys(("seed 0", "seed 1", "reconstruction"))
     assert scores["end_error"] is None and scores["ends_apart"] is None
-    assert scores["lost"]["seed 0"] == scores["ends_lost"]["seed 1"] == 1 and scores["lost"]["real"] == 0
+    assert (
+        scores["lost"]["seed 0"] == scores["ends_lost"]["seed 1"] == 1
+        and scores["lost"]["real"] == 0
+    )
     assert table["samples"]["speed ratio"] is None and table["samples"]["gripper lost"] == 1
     out = capsys.readouterr().out
-    assert "predicted frames without the gripper: 100.0%" in out and "last frames without the gripper: 100.0%" in out
+    assert (
+        "predicted frames without the gripper: 100.0%" in out
+        and "last frames without the gripper: 100.0%" in out
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, np.float64("nan")])
 def test_json_has_null_for_what_is_not_finite(tmp_path, value):
-    storage.write_json({"a": [1.5, {"b": (value, "text")}], "c": value, "d": None}, tmp_path / "a.json")
-    assert strict((tmp_path / "a.json").read_text()) == {"a": [1.5, {"b": [None, "text"]}], "c": None, "d": None}
+    storage.write_json(
+        {"a": [1.5, {"b": (value, "text")}], "c": value, "d": None}, tmp_path / "a.json"
+    )
+    assert strict((tmp_path / "a.json").read_text()) == {
+        "a": [1.5, {"b": [None, "text"]}],
+        "c": None,
+        "d": None,
+    }
 
 
 def test_the_gripper_that_some_samples_lose_is_counted(run):
@@ -409,7 +425,11 @@ def test_the_gripper_that_some_samples_lose_is_counted(run):
     got = collect(run, dict.fromkeys(names, losing), detectors)
     s = summarise(detectors, got, names, pooled=False)
     assert s["ends_lost"] == {"real": 0, "seed 0": 4 / 6, "seed 1": 4 / 6} and s["end_error"] == 0
-    assert s["lost"] == {"real": 0, "seed 0": pytest.approx(4 / 12), "seed 1": pytest.approx(4 / 12)}
+    assert s["lost"] == {
+        "real": 0,
+        "seed 0": pytest.approx(4 / 12),
+        "seed 1": pytest.approx(4 / 12),
+    }
 
 
 @pytest.fixture
@@ -419,7 +439,9 @@ def unsampled(monkeypatch):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("began to work"))
 
 
-def test_what_cannot_be_written_is_found_before_the_work(trained, arrays, tmp_path, monkeypatch, unsampled):
+def test_what_cannot_be_written_is_found_before_the_work(
+    trained, arrays, tmp_path, monkeypatch, unsampled
+):
     (tmp_path / "taken.json").mkdir(), (tmp_path / "file").touch()
     protocol, sanity = ["--ckpt", trained, "--protocol", "pushing"], ["sanity", "--ckpt", trained]
     for out in (tmp_path / "taken.json", tmp_path / "file" / "scores.json", "/dev/null"):
@@ -431,7 +453,9 @@ def test_what_cannot_be_written_is_found_before_the_work(trained, arrays, tmp_pa
     refuse = lambda **_: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
     monkeypatch.setattr(storage.tempfile, "TemporaryFile", refuse)
     for command in (protocol, sanity):
-        assert f"cannot write to the folder '{trained}': Read-only" in refusal(monkeypatch, *command)
+        assert f"cannot write to the folder '{trained}': Read-only" in refusal(
+            monkeypatch, *command
+        )
 
 
 def test_one_clip_is_refused_before_it_is_sampled(trained, arrays, monkeypatch, unsampled):
@@ -444,7 +468,9 @@ def test_one_clip_is_refused_before_it_is_sampled(trained, arrays, monkeypatch, 
     assert "at least two clips" in refusal(monkeypatch, *arrays)
 
 
-def test_figures_go_where_out_says_and_before_they_are_printed(trained, arrays, tmp_path, monkeypatch):
+def test_figures_go_where_out_says_and_before_they_are_printed(
+    trained, arrays, tmp_path, monkeypatch
+):
     class Unprintable(Exception):
         pass
 
@@ -452,7 +478,9 @@ def test_figures_go_where_out_says_and_before_they_are_printed(trained, arrays, 
         raise Unprintable
 
     monkeypatch.setattr(fvd, "report", stop), monkeypatch.setattr(fvd, "report_files", stop)
-    for number, command in enumerate((["--ckpt", trained, "--protocol", "pushing", "--clips", 2], arrays)):
+    for number, command in enumerate(
+        (["--ckpt", trained, "--protocol", "pushing", "--clips", 2], arrays)
+    ):
         with pytest.raises(Unprintable):
             here(monkeypatch, *command, "--out", tmp_path / "new" / f"{number}.json")
         assert strict((tmp_path / "new" / f"{number}.json").read_text())["clips"] in (2, [4, 4])
@@ -466,6 +494,20 @@ ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONC
 def test_a_console_of_ascii_ends_nothing(trained, arrays, tmp_path):
     out, _ = script("fvd.py", *arrays, **ASCII)
     assert "Fr?chet" in out
-    script("fvd.py", "sweep", "--ckpt", trained, "--steps", 1, "--seeds", "0,1", "--clips", 2, "--out", tmp_path, **ASCII)
+    script(
+        "fvd.py",
+        "sweep",
+        "--ckpt",
+        trained,
+        "--steps",
+        1,
+        "--seeds",
+        "0,1",
+        "--clips",
+        2,
+        "--out",
+        tmp_path,
+        **ASCII,
+    )
     table = (tmp_path / "sweep.md").read_text(encoding="utf-8")
     assert "Fréchet" in table and "±" in table and "gripper lost" in table

@@ -20,9 +20,15 @@ from video import to_uint8
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
+def imported():
+    """The modules of torch-fidelity and what it needs."""
+    packages = ("torchvision", "torch_fidelity")
+    return [name for name in sys.modules if name.split(".")[0] in packages]
+
+
 def forget():
     """Have torch-fidelity imported anew."""
-    for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", "torch_fidelity")]:
+    for name in imported():
         if getattr(sys.modules[name], "__file__", None):
             del sys.modules[name]
     metrics.torch_fidelity.cache_clear(), metrics.lpips.cache_clear()
@@ -218,11 +224,11 @@ def test_lpips_is_used_where_its_weights_are_and_left_out_where_not(tmp_path, mo
     assert metrics.BEST == {"psnr": max, "ssim": max, "lpips": min}
 
 
-# ------------------------------------------------------------------------------------------------- what must not matter
+# ---------------------------------------------------------------------------- what must not matter
 
 
 def discs(seed, clips, blue=0):
-    """Red discs that move on black, uint8 (clips, 8, 32, 32, 3); every pixel's blue is 0 or up to `blue`."""
+    """Red discs that move on black, uint8 (clips, 8, 32, 32, 3); blue is drawn from 0 to `blue`."""
     draw = np.random.default_rng(seed)
     y, x = np.mgrid[:32, :32]
     start, speed = draw.uniform(8, 24, (clips, 1, 2)), draw.normal(0, 1, (clips, 1, 2))
@@ -295,17 +301,27 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_a_torchvision_that_does_not_fit_is_named_once_and_costs_no_other_score(tmp_path, monkeypatch, capsys, message):
+def test_a_torchvision_that_does_not_fit_is_named_once_and_costs_lpips_alone(
+    tmp_path, monkeypatch, capsys, message
+):
     (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision/__init__.py").write_text(f"raise {BROKEN[message].__name__}({message!r})")
-    for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", "torch_fidelity")]:
+    (tmp_path / "torchvision/__init__.py").write_text(
+        f"raise {BROKEN[message].__name__}({message!r})"
+    )
+    for name in imported():
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
     forget()
     assert metrics.torch_fidelity() is metrics.lpips() is metrics.torch_fidelity() is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: no LPIPS") and message in line and "pip install" in line
-    assert metrics.set_scores(features(0, 20, 8), features(1, 20, 8)).keys() == {"frechet", "kvd", "kvd_std", "precision", "recall"}
+    assert metrics.set_scores(features(0, 20, 8), features(1, 20, 8)).keys() == {
+        "frechet",
+        "kvd",
+        "kvd_std",
+        "precision",
+        "recall",
+    }
     with pytest.raises(UserError, match="torch-fidelity"):
         metrics.register(metrics.Offline())
     forget()

@@ -204,7 +204,7 @@ def test_script_refuses_an_output_that_is_a_file(trained, tmp_path):
     assert "cannot make the folder" in err and len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder that even root cannot write to")
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder root cannot write to")
 def test_script_finds_an_output_that_cannot_be_written_before_it_samples(trained, monkeypatch):
     monkeypatch.setattr(sample, "write_samples", lambda *_: pytest.fail("began to sample"))
     monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(trained), "--out", "/proc/self"])
