@@ -37,6 +37,7 @@ class UserError(Exception):
 def cli(main):
     """Run `main()` and end the process: a UserError, a full disk and the like are one line on stderr and exit status 2."""
     status = 0
+    sys.stdout.reconfigure(errors="replace")  # of a console that cannot show all characters
     try:
         main()
     except SystemExit as stop:

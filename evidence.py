@@ -36,8 +36,7 @@ import sample
 import storage
 from canvas import CanvasMAR, clip_generator
 from config import UserError
-from fvd import write_json
-from protocols import Run, collect, held_out_losses, summarise
+from protocols import Run, collect, held_out_losses, ratio, summarise
 from video import to_uint8
 
 HERE = Path(__file__).parent
@@ -180,6 +179,7 @@ def train(plan, parts=()):
     goes on where it was."""
     first, begun = {}, []
     data = {key: config.load(plan.config, overrides(plan, *key)).data for key in needed(plan, parts)}  # what is wrong with any is said now
+    out_folder(plan)
     with ThreadPoolExecutor(plan.jobs) as pool:
         try:
             for key, of in data.items():
@@ -242,8 +242,10 @@ def score(run, opts, samples) -> dict:
     sets = s["detectors"]["offline"]
     return {
         "frechet": sets["mean"]["frechet"], "right": own(s["right"]), "shaped": own(s["shaped"]), "speed": own(s["speed_ratio"]), "psnr": s["psnr"][f"best_of_{len(kinds)}"],
-        **{key: s[f"{at}_apart"] / s[f"{at}_apart_real"] if samples > 1 else None for key, at in (("spread_first", "first"), ("spread", "ends"))},
+        **{key: ratio(s[f"{at}_apart"], s[f"{at}_apart_real"]) if samples > 1 else None
+           for key, at in (("spread_first", "first"), ("spread", "ends"))},
         "floor": sets["floor"]["frechet"], "end_error": s.get("end_error"),
+        "lost": own(s["lost"]), "ends_lost": own(s["ends_lost"]),
         "right_by_frame": np.mean([got.objects[kind]["right"].mean(0) for kind in kinds], 0).tolist(),
     }  # fmt: skip
 
@@ -256,7 +258,7 @@ class Rows:
         self.plan, self.file, self.rows, self.asked = plan, out_folder(plan) / f"{name}.json", [], []
         if self.file.exists():
             try:
-                self.rows = json.loads(self.file.read_text())["rows"]
+                self.rows = json.loads(self.file.read_text(encoding="utf-8"))["rows"]
             except (ValueError, TypeError, KeyError):
                 raise UserError(f"{self.file} is damaged; delete it, and its part is scored again") from None
 
@@ -264,7 +266,7 @@ class Rows:
         cfg = base(self.plan)
         about = {"command": f"python evidence.py {self.plan.options}{self.file.stem}", "torch": torch.__version__, "machine": _machine(), "plan": asdict(self.plan)}
         about |= {"config": config.to_dict(cfg), "arms": {arm: arms(cfg).get(arm) for arm in dict.fromkeys(row["arm"] for row in rows)}}
-        write_json(about | {"rows": rows}, self.file)
+        storage.write_json(about | {"rows": rows}, self.file)
 
     def add(self, run, key: dict, work) -> dict:
         """The row of `key` and the run's weights: the one that is there, or what work() gives."""
@@ -277,7 +279,7 @@ class Rows:
             return found[0]
         said = ("arm", "seed", "clip", "steps", "cfg_temporal", "cfg_canvas", "order")
         print(f"{self.file.stem}: " + ", ".join(f"{k} {key[k]}" for k in said if k in key), file=sys.stderr)
-        self.rows.append(key | {"commit": _commit()} | work())
+        self.rows.append(storage.plain(key | {"commit": _commit()} | work()))
         self.asked.append(self.rows[-1])
         self.write(self.rows)
         return self.rows[-1]
@@ -344,7 +346,8 @@ def best_scales(plan) -> dict:
 def merit(row) -> float:
     """What scales are chosen by: right frames, times the speed or what is missing to it. Strong guidance makes frames right and slow, and
     stronger guidance makes them wrong and lively, which the Fréchet distance takes for better."""
-    return row["right"] * min(row["speed"], 1 / max(row["speed"], 1e-6))
+    speed = row["speed"] or 0  # None: the gripper was found nowhere
+    return row["right"] * min(speed, 1 / max(speed, 1e-6))
 
 
 def steps(plan, rows):
@@ -470,7 +473,7 @@ def draw(plan, name, rows):
     if name in figures.DRAWN:
         figures.DRAWN[name]([row for row in rows if name != "losses" or row["arm"] in MAIN], out / f"{name}.png")
     if name in figures.TABLES:
-        (out / f"{name}.md").write_text(figures.TABLES[name](rows))
+        config.write_text(out / f"{name}.md", figures.TABLES[name](rows))
 
 
 def do(plan, name) -> list[dict]:

@@ -4,6 +4,7 @@ import numpy as np
 
 TITLES = {"frechet": "Fréchet distance (offline, not FVD)", "right": "right frames", "shaped": "and right shapes", "speed": "speed over the real one",
           "psnr": "PSNR, best of the samples, dB", "spread_first": "spread of positions in the first frame over the real one", "spread": "spread of end positions over the real one", "end_error": "error of the end position, best of the samples, table widths"}  # fmt: skip
+TITLES |= {"lost": "frames without the gripper", "ends_lost": "last frames without the gripper"}
 
 
 def over_seeds(rows, *keys) -> dict:

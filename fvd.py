@@ -9,12 +9,10 @@
 Without --i3d there is no FVD: the offline detector (metrics.py) takes its place, and every figure of it says so.
 """
 
+import contextlib
 import itertools
-import json
 import os
 import sys
-import zipfile
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,38 +27,29 @@ import storage
 from canvas import clip_generator
 from config import UserError, warn
 from machine import pick_device
-from protocols import PROTOCOLS, Run, collect, summarise
-from video import Unreadable, read_frames, read_index
+from protocols import PROTOCOLS, Run, collect, known_mean, ratio, summarise
+from storage import write_json
+from video import VIDEO_FILES, Unreadable, read_frames, read_index
 
 
 def open_detectors(args, device) -> list:
     """The offline detector, and I3D where --i3d names its file."""
-    if not metrics.torch_fidelity():
-        warn("torch-fidelity is not installed, so there are no KVD, precision and recall")
+    metrics.torch_fidelity()  # a warning where it is missing comes before the work
     return [d.to(device).eval() for d in [metrics.Offline(), *([metrics.I3D(args.i3d)] if args.i3d else [])]]
-
-
-def write_json(scores: dict, path):
-    """Written aside, then renamed: what was there before stays whole. Raises UserError."""
-    try:
-        Path(f"{path}.tmp").write_text(json.dumps(scores, indent=1))
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
 def run_protocol(args):
-    """--ckpt RUN --protocol NAME: sample the test split and score it; writes scores.json beside the checkpoint."""
+    """--ckpt RUN --protocol NAME: sample the test split and score it; write scores to --out."""
     p = PROTOCOLS[args.protocol]
     run = Run(args, args.ckpt, args.protocol)
+    file = storage.make_file(args.out or sample.run_folder(args.ckpt) / "scores.json")
     detectors = open_detectors(args, run.device)
     names = {f"seed {run.seed + j}": run.seed + j for j in range(args.trajectories or p.trajectories)}
     kinds = {"reconstruction": run.reconstruction} | {name: run.samples(seed) for name, seed in names.items()}
     scores = run.describe() | summarise(detectors, collect(run, kinds, detectors, floor=True), list(names), p.pooled)
-    file = sample.run_folder(args.ckpt) / "scores.json"
     write_json(scores, file)
     report(scores)
     print(f"written to {file}")
@@ -92,13 +81,22 @@ def report(s):
         for of, title in ((s["right"], "frames with every object whole and in its colour"), (s["shaped"], "of all frames, those in which each has its shape, too")):
             print(f"{title}: {np.mean(own(of)):.1%} ({each({k: 100 * v for k, v in of.items()}, '%.1f')}; real {of['real']:.1%}, reconstruction {of['reconstruction']:.1%})")
         print(f"gripper's speed over the real one: {np.mean(own(speed)):.3f} ({each(speed, '%.3f')}; reconstruction {speed['reconstruction']:.3f})")
+        # what speeds and positions leave out
+        for name, of in (("lost", "predicted"), ("ends_lost", "last")):
+            lost = {kind: 100 * share for kind, share in s[name].items()}
+            print(
+                f"{of} frames without the gripper: {np.mean(own(lost)):.1f}% ({each(lost, '%.1f')};"
+                f" real {lost['real']:.1f}%, reconstruction {lost['reconstruction']:.1f}%)"
+            )
     if "ends_apart" in s:
         real = f" (two futures that the simulator plays: {s['ends_apart_real']:.3f})" if "ends_apart_real" in s else ""
         print(f"end positions of two samples: {s['ends_apart']:.3f} table widths apart{real}")
     losses = s["losses"]
     if "canvas" in losses:
-        print(f"canvas over copying the last frame, latent MSE: {losses['canvas'] / losses['copy']:.3f}")
-    print(f"diffusion loss at mask ratio 0.3 over that at 1.0: {losses['diffusion@0.3'] / losses['diffusion@1.0']:.3f}")
+        moved = ratio(losses["canvas"], losses["copy"])
+        print(f"canvas over copying the last frame, latent MSE: {moved:.3f}")
+    early = ratio(losses["diffusion@0.3"], losses["diffusion@1.0"])
+    print(f"diffusion loss at mask ratio 0.3 over that at 1.0: {early:.3f}")
 
 
 def corruptions(context: int) -> dict:
@@ -124,11 +122,12 @@ def corruptions(context: int) -> dict:
 
 
 def run_sanity(args):
-    """sanity --ckpt RUN: the scores of videos that are wrong in a known way; writes sanity.json beside the checkpoint.
+    """sanity --ckpt RUN: score videos that are wrong in a known way; write the table to --out.
 
     Everything is made from the test clips and compared with other real clips, so that the first row is the noise floor.
     """
     run = Run(args, args.ckpt, args.protocol or _protocol_of(args.ckpt))
+    file = storage.make_file(args.out or sample.run_folder(args.ckpt) / "sanity.json")
     detectors = open_detectors(args, run.device)
     made = {"tokenizer reconstruction": run.reconstruction, "samples": run.samples(run.seed), "samples, other seed": run.samples(run.seed + 1)}
     made |= corruptions(run.cfg.sample.context)
@@ -141,10 +140,13 @@ def run_sanity(args):
             table[kind] |= {("FVD" if d.name == "i3d" and key == "frechet" else f"{d.name} {key}"): v for key, v in scores.items() if key != "kvd_std"}
         table[kind] |= {score.upper(): float(of[kind].mean()) for score, of in got.frames.items() if kind in of}
         if got.objects:
-            speed = np.nanmean(got.objects[kind]["speed"]) / np.nanmean(got.objects["real"]["speed"])
-            own = got.objects[kind]
-            table[kind] |= {"right frames": float(own["right"].mean()), "and right shapes": float(own["shaped"].mean()), "speed ratio": float(speed)}
-    file = sample.run_folder(args.ckpt) / "sanity.json"
+            own, speeds = got.objects[kind], (got.objects[k]["speed"] for k in (kind, "real"))
+            table[kind] |= {
+                "right frames": float(own["right"].mean()),
+                "and right shapes": float(own["shaped"].mean()),
+                "speed ratio": ratio(*map(known_mean, speeds)),
+                "gripper lost": float(own["lost"].mean()),
+            }
     write_json(run.describe() | {"detectors": {d.name: {"is": d.label, "sha256": d.sha256} for d in detectors}, "table": table}, file)
     columns = list(table["samples"])
     print(f"{len(run.indices)} test clips, changed as the row says, against as many of the training split; PSNR, SSIM: against the clip itself")
@@ -171,7 +173,8 @@ def run_sweep(args):
     if set(orders) - {"random", "motion"} or min(seeds) < 0:
         raise UserError(f"--orders={args.orders} takes random and motion, --seeds={args.seeds} numbers from 0 on")
     args.steps = args.seed = None
-    runs, out = [Run(args, ckpt, args.protocol or _protocol_of(ckpt)) for ckpt in args.ckpt], storage.make_folder(args.out)
+    runs = [Run(args, ckpt, args.protocol or _protocol_of(ckpt)) for ckpt in args.ckpt]
+    files = [storage.make_file(Path(args.out, f"sweep.{kind}")) for kind in ("json", "md", "png")]
     detectors, rows = open_detectors(args, runs[0].device), []
     cells = [(run, *cell) for run in runs for cell in itertools.product(guidance, orders, steps) if run.cfg.model.canvas or cell[1] != "motion"]
     kinds_of_data = {(run.name, run.cfg.data.path, run.cfg.data.size, run.cfg.data.stride, run.cfg.sample.context, run.cfg.sample.frames) for run in runs}
@@ -188,11 +191,11 @@ def run_sweep(args):
         got = collect(run, kinds | ({"reconstruction": run.reconstruction} if first else {}), detectors, floor=first)
         scores = summarise(detectors, got, list(kinds), pooled=False, slow=False)
         rows.append({"checkpoint": str(run.ckpt), "steps": s, "cfg": list(g), "order": order, "scores": scores})
-        write_json(described | {"rows": rows}, out / "sweep.json")
+        write_json(described | {"rows": rows}, files[0])
     table = sweep_table(rows, detectors)
-    (out / "sweep.md").write_text(table)
-    draw_sweep(rows, detectors, out / "sweep.png")
-    print(table + f"written to {out}/sweep.json, sweep.md, sweep.png")
+    config.write_text(files[1], table)
+    draw_sweep(rows, detectors, files[2])
+    print(table + f"written to {args.out}/sweep.json, sweep.md, sweep.png")
 
 
 def _parse(option, kind, word):
@@ -216,6 +219,7 @@ def sweep_columns(rows, detectors) -> dict:
     if "right" in first:
         own = lambda of: [value for kind, value in of.items() if kind.startswith("seed")]
         columns |= {"right frames": lambda s: own(s["right"]), "and right shapes": lambda s: own(s["shaped"]), "speed ratio": lambda s: own(s["speed_ratio"])}
+        columns |= {"gripper lost": lambda s: own(s["lost"])}
     return columns
 
 
@@ -258,26 +262,30 @@ def draw_sweep(rows, detectors, path):
 
 def run_files(args):
     """REAL GENERATED: score two sets of clips, in .npz files or folders of videos, a batch in memory at a time."""
-    if args.out:
-        storage.make_folder(Path(args.out).parent)
+    file = storage.make_file(args.out) if args.out else None
     device = pick_device(args.device)
     detectors = open_detectors(args, device)
     clips = {"real": open_clips(args.real, "truth", args), "generated": open_clips(args.generated, "samples", args)}
     shapes, counts = ({of: shape[1:] for of, (shape, *_) in clips.items()}, [shape[0] for shape, *_ in clips.values()])
     if shapes["real"] != shapes["generated"]:
         raise UserError(f"{args.real} holds clips of {shapes['real']} (T, H, W, 3) and {args.generated} of {shapes['generated']}; they must agree")
+    metrics.check_counts(*counts)
     frames, height, width, _ = shapes["real"]
-    names = [names for _, names, _ in clips.values()]
-    if args.paired and (counts[0] != counts[1] or names[0] != names[1] or not 0 <= args.context < frames):
-        raise UserError(f"--paired needs the same clips in both ({counts[0]} and {counts[1]} here; in folders, the same names) and --context={args.context} below {frames}")
+    order = {of: list(range(len(names))) for of, (_, names, _) in clips.items()}
+    if args.paired:
+        order["generated"] = pair([names for _, names, _ in clips.values()])
+    if not 0 <= args.context < frames:
+        raise UserError(f"--context={args.context} leaves nothing of clips of {frames} frames")
     print(f"{counts[0]} real and {counts[1]} generated clips of {frames} frames at {width}x{height}; covariances over n - 1")
     features, pairs = {of: {d.name: [] for d in detectors} for of in clips}, []
     for of, (_, _, batches) in clips.items():
-        for video in batches():
+        for video in batches(order[of]):
             for d in detectors:
                 features[of][d.name].append(metrics.detect_features(d, video, args.batch))
     if args.paired:
-        pairs = [metrics.frame_scores(a[:, args.context :], b[:, args.context :], device) for a, b in zip(*(batches() for _, _, batches in clips.values()))]
+        both = zip(*(batches(order[of]) for of, (_, _, batches) in clips.items()))
+        begin = args.context
+        pairs = [metrics.frame_scores(a[:, begin:], b[:, begin:], device) for a, b in both]
     scores = {"real": args.real, "generated": args.generated, "clips": counts, "shape": list(shapes["real"])}
     for d in detectors:
         a, b = (torch.cat(features[of][d.name]) for of in clips)
@@ -286,9 +294,9 @@ def run_files(args):
             halves = torch.randperm(len(a), generator=torch.Generator().manual_seed(0)).chunk(2)
             scores[d.name]["floor"] = metrics.set_scores(a[halves[0]], a[halves[1]], d.standardise)
     scores |= {name: float(np.concatenate([part[name] for part in pairs]).mean()) for name in (pairs[0] if pairs else ())}
+    if file:
+        write_json(scores, file)
     report_files(scores, detectors)
-    if args.out:
-        write_json(scores, args.out)
 
 
 def report_files(scores, detectors):
@@ -305,42 +313,90 @@ def report_files(scores, detectors):
             print(f"{name.upper()} ({'lower' if metrics.BEST[name] is min else 'higher'} is better): {scores[name]:.3f}")
 
 
+def pair(names: list[list[str]]) -> list[int]:
+    """The place of each name of the first list in the second. Raises UserError if they differ."""
+    real, generated = names
+    if odd := sorted(set(real) ^ set(generated)):
+        raise UserError(
+            f"--paired needs the same clips in both ({len(real)} and {len(generated)} here; in"
+            f" folders, the same names, video files without suffix); {odd[0]} is in one only"
+        )
+    place = {name: i for i, name in enumerate(generated)}
+    return [place[name] for name in real]
+
+
 def open_clips(path: str, key: str, args):
-    """(shape (clips, T, H, W, 3), names, function that gives the clips in batches) of an .npz (its only uint8 array of that
-    kind, else the one named `key`), or of every video of a folder: its first --frames frames at --size pixels. Raises UserError."""
-    if not Path(path).is_dir():
-        video = _load_npz(path, key)
-        return video.shape, [str(i) for i in range(len(video))], lambda: (video[i : i + args.batch] for i in range(0, len(video), args.batch))
-    warn(f"{path} holds compressed videos, whose artefacts count; arrays (.npz) are better")
-    need, index = (args.frames - 1) * args.stride + 1, read_index(Path(path))
+    """(shape (clips, T, H, W, 3), names, function of indices that gives those clips in batches).
+
+    Of an .npz: its only uint8 array of that kind, else the one named `key`. Of every video of a
+    folder: its first --frames frames at --size pixels; a name is without the suffix of a video
+    file, unless two videos would have the same. Raises UserError.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        video = load_array(path, key)
+        read = lambda part: video[part]
+        return video.shape, [str(i) for i in range(len(video))], in_batches(read, args.batch)
+    need, index = (args.frames - 1) * args.stride + 1, read_index(root)
     names = [name for name, times in index.items() if len(times) >= need]
     if len(names) < len(index):
         warn(f"{len(index) - len(names)} of {len(index)} videos of {path} have fewer than {need} frames and are left out")
     if not names:
         raise UserError(f"{path} holds no video of at least {need} frames")
+    if any(is_compressed(root / name) for name in names):
+        warn(f"{path} holds compressed videos, whose artefacts count; arrays (.npz) are better")
 
-    def batches():
-        for begin in tqdm(range(0, len(names), args.batch), f"reading {path}", unit="batch"):
-            try:
-                part = names[begin : begin + args.batch]
-                yield np.stack([read_frames(Path(path) / name, index[name], range(0, need, args.stride), args.size) for name in part])
-            except Unreadable as error:
-                raise UserError(f"{path}: {error}, in one of {', '.join(part[:3])} ...; remove or repair it") from None
+    def read(part):
+        try:
+            videos = [(root / names[i], index[names[i]]) for i in part]
+            wanted = range(0, need, args.stride)
+            return np.stack([read_frames(*video, wanted, args.size) for video in videos])
+        except Unreadable as error:
+            some = ", ".join(names[i] for i in part[:3])
+            raise UserError(f"{path}: {error}, in one of {some} ...; remove or repair it") from None
 
-    return (len(names), args.frames, args.size, args.size, 3), [os.path.splitext(name)[0] for name in names], batches
+    stems = [name if (root / name).is_dir() else os.path.splitext(name)[0] for name in names]
+    names_of_clips = stems if len(set(stems)) == len(names) else names
+    shape = (len(names), args.frames, args.size, args.size, 3)
+    return shape, names_of_clips, in_batches(read, args.batch, f"reading {path}")
 
 
-def _load_npz(path, key) -> np.ndarray:
+def in_batches(read, size: int, title=None):
+    """read(indices) as a function of many indices that gives batches; title: of a progress bar."""
+
+    def batches(order):
+        for begin in tqdm(range(0, len(order), size), title, unit="batch", disable=not title):
+            yield read(order[begin : begin + size])
+
+    return batches
+
+
+def is_compressed(video: Path) -> bool:
+    """Whether it is a file, or a folder of frames with JPEGs."""
+    files = [video] if video.is_file() else video.iterdir()
+    return any(file.suffix.lower() in (".jpg", ".jpeg", *VIDEO_FILES) for file in files)
+
+
+def load_array(path, key) -> np.ndarray:
+    """The clips in an .npz (see `open_clips`); what is no plain array in it does not matter."""
+    arrays = {}
     try:
         with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+            for name in stored.files:
+                with contextlib.suppress(ValueError):  # Python objects
+                    arrays[name] = stored[name]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, TypeError, AttributeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # NumPy and zipfile raise many types for what is damaged or no .npz
         raise UserError(f"{path} is not an .npz of plain arrays: {error}") from None
+    arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
     fit = [name for name, array in arrays.items() if array.dtype == np.uint8 and array.ndim == 5 and array.shape[-1] == 3 and array.size]
     if not fit or (len(fit) > 1 and key not in fit):
-        raise UserError(f"{path} holds no uint8 array (clips, T, H, W, 3) to take as '{key}', only { {name: array.shape for name, array in arrays.items()} }")
+        held = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
+        wanted = f"uint8 array (clips, T, H, W, 3) to take as '{key}'"
+        raise UserError(f"{path} holds no {wanted}, only {held or 'what is no array'}")
     return arrays[key if key in fit else fit[0]]
 
 
@@ -368,6 +424,11 @@ def main():
             parser.add_argument(f"--{name}", type=int, default=default, help=f"folders of videos only: {about} (default {default})")
         parser.add_argument("--out", help="also write the scores to this JSON file")
         args = parser.parse_args(words)
+        given = {word.split("=")[0] for word in words} & {"--frames", "--size", "--stride"}
+        if given and not (Path(args.real).is_dir() or Path(args.generated).is_dir()):
+            raise UserError(f"{min(given)} is for folders of videos; of arrays (.npz) all counts")
+        if args.context and not args.paired:
+            raise UserError(f"--context={args.context} needs --paired")
         if min(args.frames, args.size, args.stride, args.batch) < 1:
             raise UserError("--frames, --size, --stride and --batch must be at least 1")
         return run_files(args)
@@ -380,6 +441,7 @@ def main():
         parser.add_argument("--cfg", default="1:1", help="w_t:w_s,..."), parser.add_argument("--orders", default="random")
         parser.add_argument("--out", default="runs/sweep", help="folder for the table and the plot")
     else:
+        parser.add_argument("--out", help="JSON file of the figures (default: in the run folder)")
         sample.add_options(parser, skip=("clips",))
     if command == "protocol":
         parser.add_argument("--trajectories", type=int, help="samples of each clip (default: the protocol's)")

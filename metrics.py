@@ -10,9 +10,7 @@ Two detectors: I3D, from the usual TorchScript file, whose Fréchet distance is 
 
 import functools
 import hashlib
-import importlib.util
 import os
-import re
 import warnings
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import UserError
+from config import UserError, warn
 
 # ------------------------------------------------------------------------------------------------------------ detectors
 
@@ -103,7 +101,8 @@ def detect_features(detector, video, batch=64) -> torch.Tensor:
     """Features of uint8 (clips, T, H, W, 3), float64 (clips, F) on the CPU, `batch` clips at a time."""
     device = next((t.device for t in [*detector.parameters(), *detector.buffers()]), torch.device("cpu"))
     with torch.no_grad():
-        return torch.cat([detector(torch.as_tensor(video[i : i + batch]).to(device)).double().cpu() for i in range(0, len(video), batch)])
+        parts = [torch.as_tensor(video[i : i + batch]) for i in range(0, len(video), batch)]
+        return torch.cat([detector(part.to(device)).cpu().double() for part in parts])
 
 
 # ------------------------------------------------------------------------------------------------- scores of two sets
@@ -115,8 +114,7 @@ def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
     With C = R'R, R triangular, the last trace is the sum of the singular values of R_a R_b': no square root of a matrix,
     never negative, exact where there are fewer clips than features. Grows as there are fewer clips: compare equal numbers.
     """
-    if min(len(a), len(b)) < 2:
-        raise UserError(f"a Fréchet distance needs at least two clips in each set, not {len(a)} and {len(b)}")
+    check_counts(len(a), len(b))
     root = lambda x: torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R
     a, b = a.double(), b.double()
     r_a, r_b = root(a), root(b)
@@ -124,52 +122,78 @@ def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
     return max(0.0, float((a.mean(0) - b.mean(0)).square().sum() + r_a.square().sum() + r_b.square().sum() - 2 * cross))
 
 
+def check_counts(*counts: int) -> None:
+    """Raises UserError where a set has too few clips for a covariance."""
+    if min(counts) < 2:
+        given = " and ".join(map(str, counts))
+        raise UserError(f"a Fréchet distance needs at least two clips in each set, not {given}")
+
+
+def kvd(real: torch.Tensor, fake: torch.Tensor, subsets=100) -> dict[str, float]:
+    """Mean and standard deviation over random subsets of the squared MMD of features (n, F).
+
+    Unbiased, with the kernel (x.y / F + 1)^3 (Bińkowski et al. 2018, arXiv 1801.01401); subsets are
+    of half a set, at most 1,000 clips, drawn as torch-fidelity draws them.
+    """
+    size, draw = min(1000, len(real) // 2, len(fake) // 2), np.random.RandomState(2020)
+    values = []
+    for _ in range(subsets):
+        x, y = (s.numpy()[draw.choice(len(s), size, replace=False)] for s in (fake, real))
+        xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
+        values.append(within / (size * (size - 1)) - 2 * xy.mean())
+    return {"kvd": float(np.mean(values)), "kvd_std": float(np.std(values))}
+
+
+def coverage(a: torch.Tensor, b: torch.Tensor, neighbours=3) -> float:
+    """Share of a (n, F) that is as near to a point of b (m, F) as that is to its third neighbour.
+
+    Precision is that of fake in real, recall that of real in fake (Kynkäänniemi et al. 2019).
+    """
+    kth = lambda x: torch.cdist(x, b).kthvalue(neighbours + 1).values
+    near = torch.cat([kth(part) for part in b.split(1000)])
+    inside = [(torch.cdist(part, b) <= near).any(1) for part in a.split(1000)]
+    return float(torch.cat(inside).float().mean())
+
+
+HALF_LEVEL = 0.5 / 127.5  # half of one of 255 grey levels: what rounding moves a pixel in [-1, 1]
+
+
 def set_scores(real, fake, standardise=False, slow=True) -> dict[str, float]:
-    """`frechet` (0 is best), and where torch-fidelity is installed and `slow`: `kvd`, the polynomial MMD^2 (0), its `kvd_std`
-    over random subsets, `precision` and `recall` (1; Kynkäänniemi et al. 2019). Features (n, F); `standardise`: by the real set."""
+    """`frechet` (0 is best); if `slow`, of 8 clips or more, `kvd` (0), `precision`, `recall` (1).
+
+    Features (n, F), (m, F). `standardise`: by mean and standard deviation of the real set, the
+    latter at least HALF_LEVEL: what hardly varies there must not make much of what nobody sees.
+    """
+    check_counts(len(real), len(fake))
     if standardise:
-        mean, std = real.mean(0), real.std(0).clamp(min=1e-6)
+        mean, std = real.mean(0), real.std(0).clamp(min=HALF_LEVEL)
         real, fake = (real - mean) / std, (fake - mean) / std
-    scores, enough = {"frechet": frechet(real, fake)}, min(len(real), len(fake)) >= 8
-    if slow and enough and torch_fidelity():
-        from torch_fidelity.metric_kid import kid_features_to_metric
-        from torch_fidelity.metric_prc import prc_features_to_metric
-
-        subset = min(1000, len(real) // 2, len(fake) // 2)
-        kid = kid_features_to_metric(fake, real, kid_subset_size=subset, kid_subsets=100, verbose=False)
-        prc = prc_features_to_metric(fake.float(), real.float(), save_cpu_ram=max(len(real), len(fake)) > 5_000, verbose=False)
-        scores |= {"kvd": kid["kernel_inception_distance_mean"], "kvd_std": kid["kernel_inception_distance_std"]}
-        scores |= {"precision": prc["precision"], "recall": prc["recall"]}
+    scores = {"frechet": frechet(real, fake)}
+    if slow and min(len(real), len(fake)) >= 8:
+        r, f = real.float(), fake.float()
+        scores |= kvd(real, fake) | {"precision": coverage(f, r), "recall": coverage(r, f)}
     return scores
-
-
-DECLARED = []  # declarations of operators last as long as their object
 
 
 @functools.lru_cache(maxsize=None)
 def torch_fidelity():
-    """The package torch_fidelity, or None where it is not installed.
+    """The package torch_fidelity, or None, with a warning, where it cannot be imported.
 
-    It imports torchvision, of which nothing here is used, and a torchvision whose binary was built for another torch (the
-    CPU build, say) stops at its operators that are missing: declaring them lets the import through.
+    It imports torchvision, which raises errors of many types where it was built for another torch.
     """
-    if importlib.util.find_spec("torch_fidelity") is None:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for _ in range(20):
-            try:
-                import torchvision  # noqa: F401
-
-                break
-            except RuntimeError as error:
-                missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-                if not missing:
-                    raise
-                DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))
-                DECLARED[-1].define(f"{missing[1]}() -> ()")
-        import torch_fidelity as package
-    return package
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import torch_fidelity as package
+        return package
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"[:200]
+        warn(
+            f"no LPIPS, as torch-fidelity cannot be imported ({cause}); it needs a torchvision that"
+            f" was built for torch {torch.__version__}, from where that came:"
+            " pip install torch-fidelity torchvision"
+        )
 
 
 def register(detector) -> str:
@@ -177,7 +201,7 @@ def register(detector) -> str:
     sets of uint8 tensors (T, H, W, 3). Returns the name. For scores of your own; `set_scores` gives the same."""
     package, name = torch_fidelity(), f"{detector.name}-{detector.sha256[:12]}"
     if package is None:
-        raise UserError("torch-fidelity is not installed: pip install torch-fidelity")
+        raise UserError("this needs torch-fidelity, which cannot be imported")
 
     class Extractor(package.FeatureExtractorBase):
         def __init__(self, name, features_list, **_):
@@ -201,7 +225,8 @@ def register(detector) -> str:
 
 def psnr(a, b) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of uint8 images (..., H, W, 3): (...,). Higher is better; 100 for equal images."""
-    error = (torch.as_tensor(a).double() - torch.as_tensor(b).double()).square().mean((-3, -2, -1))
+    a, b = (torch.as_tensor(x).cpu().double() for x in (a, b))
+    error = (a - b).square().mean((-3, -2, -1))
     return 10 * torch.log10(255**2 / error.clamp(min=255**2 * 1e-10))
 
 
@@ -211,10 +236,10 @@ def ssim(a, b) -> torch.Tensor:
     Gaussian window of 11 pixels and sigma 1.5, without padding; per channel, then the mean: what scikit-image gives with
     gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1.
     """
-    a, b = (torch.as_tensor(x).double().movedim(-1, -3) for x in (a, b))  # (n, 3, H, W)
+    a, b = (torch.as_tensor(x).cpu().double().movedim(-1, -3) for x in (a, b))  # (n, 3, H, W)
     if min(a.shape[-2:]) < 11:
         raise UserError(f"SSIM needs images of at least 11x11 pixels, not {a.shape[-2]}x{a.shape[-1]}")
-    down, across = (_windows(side).to(a.device) for side in a.shape[-2:])
+    down, across = (_windows(side) for side in a.shape[-2:])
     smooth = lambda x: down @ x @ across.T  # (n, 3, H - 10, W - 10)
     mean_a, mean_b = smooth(a), smooth(b)
     var_a, var_b, cov = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2, smooth(a * b) - mean_a * mean_b
@@ -242,8 +267,9 @@ def lpips(device="cpu"):
     files = [os.path.basename(url) for url in (URL_VGG16_LPIPS, VGG16_Weights.IMAGENET1K_V1.url)]
     if not all(os.path.exists(os.path.join(torch.hub.get_dir(), "checkpoints", file)) for file in files):
         return None
-    net, images = SampleSimilarityLPIPS("lpips-vgg16").to(device), lambda x: torch.as_tensor(x).movedim(-1, -3)
-    return torch.no_grad()(lambda a, b: net(images(a), images(b)))
+    net = SampleSimilarityLPIPS("lpips-vgg16").to(device)
+    images = lambda x: torch.as_tensor(x).to(device).movedim(-1, -3)
+    return torch.no_grad()(lambda a, b: net(images(a), images(b)).cpu())
 
 
 BEST = {"psnr": max, "ssim": max, "lpips": min}  # which of several samples of a clip is the best one
@@ -254,5 +280,5 @@ def frame_scores(real, fake, device="cpu", chunk=256) -> dict[str, np.ndarray]:
     images at a time."""
     a, b = (torch.as_tensor(video).flatten(0, 1) for video in (real, fake))
     kinds = {"psnr": psnr} | ({"ssim": ssim} if min(a.shape[1:3]) >= 11 else {}) | ({"lpips": lpips(device)} if lpips(device) else {})
-    parts = [[of(x.to(device), y.to(device)).cpu() for x, y in zip(a.split(chunk), b.split(chunk))] for of in kinds.values()]
+    parts = [[of(x, y) for x, y in zip(a.split(chunk), b.split(chunk))] for of in kinds.values()]
     return {name: torch.cat(part).unflatten(0, (len(real), -1)).mean(1).numpy() for name, part in zip(kinds, parts)}

@@ -7,8 +7,10 @@
 FVDs in the literature differ in horizon, start frame, pooling, codec and detector; `Run.describe` says all of it.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -101,6 +103,7 @@ class Run:
         if getattr(args, "compile", False):
             sample.compile_parts(self.model)
         self.indices = data.spread(self.test, min(args.clips or p.clips, len(self.test)))
+        metrics.check_counts(len(self.indices))
         self.others = data.spread(self.train, len(self.indices))
 
     def samples(self, seed, opts=None):
@@ -206,16 +209,32 @@ def summarise(detectors, got: Collected, trajectories: list[str], pooled: bool, 
         result[name] |= {"reconstruction": float(kinds["reconstruction"].mean())} if "reconstruction" in kinds else {}
     if got.objects:
         kinds = [*trajectories, *(kind for kind in ("reconstruction",) if kind in got.objects)]
-        speed = np.nanmean(got.objects["real"]["speed"])
-        result |= {name: {kind: float(got.objects[kind][name].mean()) for kind in ["real", *kinds]} for name in ("right", "shaped")}
-        result["speed_ratio"] = {kind: float(np.nanmean(got.objects[kind]["speed"]) / speed) for kind in kinds}
+        speed = {kind: known_mean(got.objects[kind]["speed"]) for kind in ["real", *kinds]}
+        for name in ("right", "shaped", "lost"):
+            result[name] = {kind: float(got.objects[kind][name].mean()) for kind in speed}
+        ends = {kind: got.objects[kind]["lost"][:, -1] for kind in speed}
+        result["ends_lost"] = {kind: float(lost.mean()) for kind, lost in ends.items()}
+        result["speed_ratio"] = {kind: ratio(speed[kind], speed["real"]) for kind in kinds}
         if len(trajectories) > 1:
             paths = {kind: of["path"] for kind, of in got.objects.items()}
             off = lambda a, b, frame: np.linalg.norm(paths[a][:, frame] - paths[b][:, frame], axis=-1)  # (clips,)
-            result["end_error"] = float(np.nanmean(np.fmin.reduce([off(kind, "real", -1) for kind in trajectories])))  # of the best sample
+            errors = [off(kind, "real", -1) for kind in trajectories]
+            result["end_error"] = known_mean(np.fmin.reduce(errors))  # of the best sample
             pairs = {"apart": trajectories[:2]} | ({"apart_real": ("real", "other future")} if "other future" in paths else {})
-            result |= {f"{where}_{name}": float(np.nanmean(off(*pair, frame))) for name, pair in pairs.items() for where, frame in (("ends", -1), ("first", 0))}
+            for (name, two), (at, t) in product(pairs.items(), (("ends", -1), ("first", 0))):
+                result[f"{at}_{name}"] = known_mean(off(*two, t))
     return result
+
+
+def known_mean(values: np.ndarray) -> float:
+    """The mean without NaNs; NaN where there is nothing else."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def ratio(a: float, b: float) -> float:
+    """a / b; NaN where b is 0."""
+    return a / b if b else math.nan
 
 
 def _over(of, scores: list[dict]) -> dict:

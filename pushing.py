@@ -262,9 +262,15 @@ def gripper_speed(found: dict) -> np.ndarray:
 def object_measures(clip: np.ndarray, state: State, context: int) -> dict[str, np.ndarray]:
     """Of one clip, uint8 (T, H, W, 3): `right` (T - context,) for the predicted frames; `shaped`, those of them in which every body is
     nearer to its own shape; `speed` of the gripper from the last context frame on, in table widths a frame, and its `path` (T - context, 2)
-    over the predicted frames; NaN where it is lost."""
+    over the predicted frames; NaN where it is `lost` (T - context,)."""
     video = np.moveaxis(clip, -1, -3) / np.float32(127.5) - 1
     found = detect(video)
     right, path = right_frames(found, state), np.stack([found["x"][:, 0], found["y"][:, 0]], -1)
     shaped = right & (shapes(video, found, state) > 0).all(-1)
-    return {"right": right[context:], "shaped": shaped[context:], "speed": gripper_speed(found)[max(context - 1, 0) :], "path": path[context:]}
+    return {
+        "right": right[context:],
+        "shaped": shaped[context:],
+        "speed": gripper_speed(found)[max(context - 1, 0) :],
+        "path": path[context:],
+        "lost": np.isnan(path[context:]).any(-1),
+    }

@@ -12,9 +12,11 @@ under a second name. What was set aside is called *.damaged or *.ahead; *.tmp is
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -29,12 +31,42 @@ PATIENCE = 10  # seconds that a lock is waited for: a training that was just kil
 
 
 def make_folder(path) -> Path:
-    """The folder, made if need be. Raises UserError where it cannot be."""
+    """The folder, made if need be. Raises UserError where it cannot be, or takes no files."""
+    done = "make"
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
+        done = "write to"
+        tempfile.TemporaryFile(dir=path).close()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot make the folder {path!r}: {getattr(error, 'strerror', error)}") from None
+        why = getattr(error, "strerror", error)
+        raise UserError(f"cannot {done} the folder {os.fspath(path)!r}: {why}") from None
     return Path(path)
+
+
+def make_file(path) -> Path:
+    """The path of a file to be written later, its folder made if need be. Raises UserError."""
+    path = Path(path)
+    make_folder(path.parent)
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: that is a folder or a device")
+    return path
+
+
+def plain(values):
+    """Nested dicts and lists with None for numbers that are not finite: JSON has none."""
+    if isinstance(values, dict):
+        return {key: plain(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [plain(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def write_json(values: dict, path) -> None:
+    """Write aside, then rename: what was there before stays whole. Raises UserError."""
+    try:
+        write_text(path, json.dumps(plain(values), indent=1, allow_nan=False))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 @contextlib.contextmanager

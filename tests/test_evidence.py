@@ -113,6 +113,7 @@ def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(pla
     assert {name: json.loads((out / f"{name}.json").read_text()) for name in written} == stored
 
     steps = stored["steps"]["rows"]
+    assert all(0 <= r["ends_lost"] <= 1 and 0 <= r["lost"] <= 1 for r in steps)
     pair = lambda r: (r["cfg_temporal"], r["cfg_canvas"])
     for arm in evidence.MAIN:
         tried = [r for r in stored["guidance"]["rows"] if r["arm"] == arm]
@@ -146,6 +147,27 @@ def test_differences_are_of_the_same_seed():
     row = lambda arm, seed, right: same | {"arm": arm, "seed": seed, "right": right}
     rows = [row("a", 0, 0.5), row("a", 1, 0.75), row("b", 1, 0.65), row("b", 0, 0.4)]
     assert "| b | none | 1 | +0.100 ± 0.000 |" in figures.differences(rows)
+
+
+def test_a_gripper_that_is_found_nowhere_is_worth_nothing_and_drawn_as_nothing(plan, monkeypatch):
+    nan = float("nan")
+    lost = {"right": 0.0, "shaped": 0.0, "speed": nan, "end_error": nan, "lost": 1.0}
+    monkeypatch.setattr(evidence, "cost", lambda *_: 1.0)
+    monkeypatch.setattr(evidence, "score", lambda *_: lost)
+    row = evidence.Rows(plan, "lost").sample(evidence.open_run(plan, "canvas", 0), "canvas", 0)
+    stored = Path("results/t/lost.json").read_text(encoding="utf-8")
+    Path("results/t/lost.json").unlink()
+    assert json.loads(stored, parse_constant=pytest.fail)["rows"][0]["speed"] is None
+    assert evidence.merit(row) == 0
+    head, _, line = figures.table([row]).splitlines()
+    assert head.endswith("| frames without the gripper |") and line.endswith(" |  |  | 1.000 |")
+
+
+def test_results_that_cannot_be_written_are_found_before_the_trainings(plan, monkeypatch):
+    Path("results/taken").touch()
+    monkeypatch.setattr(evidence, "_train_one", lambda *_: pytest.fail("trains"))
+    with pytest.raises(UserError, match="cannot make the folder"):
+        evidence.train(replace(plan, name="taken"))
 
 
 def test_a_run_that_is_not_the_plans_is_not_scored(plan):

@@ -2,21 +2,28 @@
 
 import dataclasses
 import json
+import math
 import sys
+import warnings
+import zipfile
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
 from conftest import script, stand_in, train
+from PIL import Image
 from test_data import write_bair
-from test_video import write_video
+from test_video import write_images, write_video
 
 import fvd
 import metrics
 import protocols
+import storage
 from config import UserError
 from fvd import corruptions
+from pushing import TABLE
 from protocols import Run, collect, summarise
 
 
@@ -241,3 +248,266 @@ def test_protocols_say_what_the_field_measures():
                 "ucf101": (64, 4, 16, 256, 100, 0, False)}  # fmt: skip
     for name, values in expected.items():
         assert dataclasses.astuple(protocols.PROTOCOLS[name])[1:] == values
+
+
+# ----------------------------------------------------------------------------------- REAL GENERATED
+
+
+def write_frames(folder, level, frames=3):
+    """A folder of PNG frames of one grey level, 16x16."""
+    folder.mkdir(parents=True)
+    for t in range(frames):
+        Image.new("RGB", (16, 16), (level, level, level)).save(folder / f"{t}.png")
+
+
+def write_clip(path, level, frames=3):
+    """The same as a video file."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        for _ in range(frames):
+            image = np.full((16, 16, 3), level, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def here(monkeypatch, *words):
+    """fvd.py with these words, inside this process."""
+    monkeypatch.setattr(sys, "argv", ["fvd.py", *map(str, words)])
+    fvd.main()
+
+
+FOLDERS = ("--frames", 3, "--size", 16)
+
+
+def test_pairs_have_one_name_whatever_the_suffix_of_their_videos(tmp_path, monkeypatch):
+    levels = {"walk": 50, "walk-2": 200, "walk.3": 120}
+    for name, level in levels.items():
+        write_frames(tmp_path / "frames" / name, level)
+        (tmp_path / "files").mkdir(exist_ok=True)
+        write_clip(tmp_path / "files" / f"{name}.mkv", level)
+    for a, b in (("files", "frames"), ("frames", "files"), ("files", "files")):
+        both = tmp_path / a, tmp_path / b, "--paired", *FOLDERS
+        here(monkeypatch, *both, "--out", tmp_path / "s.json")
+        assert json.loads((tmp_path / "s.json").read_text())["psnr"] > 40
+
+
+def test_folders_of_frames_are_paired_by_their_whole_name(tmp_path, monkeypatch):
+    for number in (1, 2):
+        write_frames(tmp_path / "a" / f"clip.{number}", 50)
+        write_frames(tmp_path / "b" / f"clip.{number + 3}", 50)
+    words = refusal(monkeypatch, tmp_path / "a", tmp_path / "b", "--paired", *FOLDERS)
+    assert "the same names" in words and "clip.1 is in one only" in words
+
+
+def test_two_videos_of_one_name_but_for_the_suffix_are_told_apart(tmp_path, monkeypatch):
+    for folder, suffixes in (("a", ("mkv", "avi")), ("b", ("mkv", "avi")), ("c", ("mkv", "mov"))):
+        (tmp_path / folder).mkdir()
+        for level, suffix in zip((50, 200), suffixes):
+            write_clip(tmp_path / folder / f"walk.{suffix}", level)
+    same = tmp_path / "a", tmp_path / "b", "--paired", *FOLDERS
+    here(monkeypatch, *same, "--out", tmp_path / "s.json")
+    assert json.loads((tmp_path / "s.json").read_text())["psnr"] > 40
+    assert "in one only" in refusal(
+        monkeypatch, tmp_path / "a", tmp_path / "c", "--paired", *FOLDERS
+    )
+
+
+def test_folders_of_png_are_no_compressed_videos(tmp_path, monkeypatch, capsys):
+    for i in range(2):
+        write_frames(tmp_path / "png" / f"{i}", 50)
+        write_images(tmp_path / "jpg" / f"{i}", 3, "frame{}.jpg")
+    here(monkeypatch, tmp_path / "png", tmp_path / "png", *FOLDERS)
+    assert "compressed" not in capsys.readouterr().err
+    here(monkeypatch, tmp_path / "png", tmp_path / "jpg", *FOLDERS)
+    assert capsys.readouterr().err.count("compressed") == 1
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    """Two files of clips, without names of their own."""
+    draw = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", draw.integers(0, 256, (4, 3, 16, 16, 3), np.uint8))
+    return tmp_path / "a.npz", tmp_path / "b.npz"
+
+
+def test_options_of_folders_are_refused_where_there_are_none(arrays, tmp_path, monkeypatch):
+    for option in ("--frames", "--size", "--stride"):
+        assert option in refusal(monkeypatch, *arrays, option, 2)
+        assert option in refusal(monkeypatch, *arrays, f"{option}=2")
+    assert "--paired" in refusal(monkeypatch, *arrays, "--context", 1)
+    for i in range(2):
+        write_frames(tmp_path / "png" / f"{i}", 50)
+    here(monkeypatch, arrays[0], tmp_path / "png", *FOLDERS)  # of the folder
+
+
+def test_what_lies_beside_the_clips_in_an_npz_does_not_matter(arrays, monkeypatch):
+    with zipfile.ZipFile(arrays[0], "a") as file:
+        file.writestr("readme.txt", "one clip a row")
+    held = dict(np.load(arrays[1]))
+    np.savez(arrays[1], **held, note="text", made={"by": "hand"})
+    here(monkeypatch, *arrays)
+
+
+def test_files_without_clips_are_one_line(arrays, tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "new.pt")
+    torch.save({"a": torch.zeros(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(tmp_path / "notes.zip", "w") as file:
+        file.writestr("readme.txt", "no array")
+    np.savez(tmp_path / "text.npz", note="text")
+    np.save(tmp_path / "plain.npy", np.zeros(3))
+    for name in ("new.pt", "old.pt", "notes.zip", "text.npz", "plain.npy"):
+        assert str(tmp_path / name) in refusal(monkeypatch, tmp_path / name, arrays[1])
+    _, err = script("fvd.py", arrays[1], tmp_path / "new.pt", expect=2)
+    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+
+
+# ------------------------------------------------------------------ what is written, where and when
+
+
+def strict(text):
+    """JSON without NaN."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in a JSON file"))
+
+
+def bare(real, _):
+    """The table with nothing on it."""
+    return (2 * torch.tensor(TABLE) - 1)[:, None, None].expand_as(real).float()
+
+
+def test_no_nan_in_json_and_no_warning_where_nothing_is_known(run, trained, monkeypatch, capsys):
+    """Of samples whose gripper is never found, there is no speed and no place."""
+    monkeypatch.setattr(Run, "samples", lambda self, seed, opts=None: bare)
+    monkeypatch.setattr(Run, "reconstruction", lambda self, real, indices: bare(real, indices))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        here(monkeypatch, "--ckpt", trained, "--protocol", "pushing", "--clips", 4)
+        scores = strict((trained / "scores.json").read_text())
+        here(monkeypatch, "sanity", "--ckpt", trained, "--clips", 4)
+        table = strict((trained / "sanity.json").read_text())["table"]
+    assert scores["speed_ratio"] == dict.fromkeys(("seed 0", "seed 1", "reconstruction"))
+    assert scores["end_error"] is None and scores["ends_apart"] is None
+    assert (
+        scores["lost"]["seed 0"] == scores["ends_lost"]["seed 1"] == 1
+        and scores["lost"]["real"] == 0
+    )
+    assert table["samples"]["speed ratio"] is None and table["samples"]["gripper lost"] == 1
+    out = capsys.readouterr().out
+    assert (
+        "predicted frames without the gripper: 100.0%" in out
+        and "last frames without the gripper: 100.0%" in out
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, np.float64("nan")])
+def test_json_has_null_for_what_is_not_finite(tmp_path, value):
+    storage.write_json(
+        {"a": [1.5, {"b": (value, "text")}], "c": value, "d": None}, tmp_path / "a.json"
+    )
+    assert strict((tmp_path / "a.json").read_text()) == {
+        "a": [1.5, {"b": [None, "text"]}],
+        "c": None,
+        "d": None,
+    }
+
+
+def test_the_gripper_that_some_samples_lose_is_counted(run):
+    """The samples of the first batch of four clips lose it in their last frame."""
+
+    def losing(real, indices):
+        video = real.clone()
+        if len(real) == 4:
+            video[:, -1:] = bare(video[:, -1:], indices)
+        return video
+
+    detectors, names = [metrics.Offline()], ["seed 0", "seed 1"]
+    got = collect(run, dict.fromkeys(names, losing), detectors)
+    s = summarise(detectors, got, names, pooled=False)
+    assert s["ends_lost"] == {"real": 0, "seed 0": 4 / 6, "seed 1": 4 / 6} and s["end_error"] == 0
+    assert s["lost"] == {
+        "real": 0,
+        "seed 0": pytest.approx(4 / 12),
+        "seed 1": pytest.approx(4 / 12),
+    }
+
+
+@pytest.fixture
+def unsampled(monkeypatch):
+    """Ends the test where anything is sampled or scored."""
+    for module, name in ((fvd, "collect"), (fvd, "open_detectors")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("began to work"))
+
+
+def test_what_cannot_be_written_is_found_before_the_work(
+    trained, arrays, tmp_path, monkeypatch, unsampled
+):
+    (tmp_path / "taken.json").mkdir(), (tmp_path / "file").touch()
+    protocol, sanity = ["--ckpt", trained, "--protocol", "pushing"], ["sanity", "--ckpt", trained]
+    for out in (tmp_path / "taken.json", tmp_path / "file" / "scores.json", "/dev/null"):
+        for command in (protocol, sanity, arrays):
+            assert "cannot" in refusal(monkeypatch, *command, "--out", out)
+    (tmp_path / "sweep" / "sweep.png").mkdir(parents=True)
+    for out in (tmp_path / "file", tmp_path / "sweep"):
+        assert "cannot" in refusal(monkeypatch, "sweep", "--ckpt", trained, "--out", out)
+    refuse = lambda **_: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
+    monkeypatch.setattr(storage.tempfile, "TemporaryFile", refuse)
+    for command in (protocol, sanity):
+        assert f"cannot write to the folder '{trained}': Read-only" in refusal(
+            monkeypatch, *command
+        )
+
+
+def test_one_clip_is_refused_before_it_is_sampled(trained, arrays, monkeypatch, unsampled):
+    one = ["--ckpt", trained, "--clips", 1]
+    for command in ([*one, "--protocol", "pushing"], ["sanity", *one], ["sweep", *one]):
+        assert "at least two clips" in refusal(monkeypatch, *command)
+    np.savez(arrays[0], np.load(arrays[0])["arr_0"][:1])
+    monkeypatch.setattr(metrics, "detect_features", lambda *_: pytest.fail("began to work"))
+    monkeypatch.setattr(fvd, "open_detectors", lambda *_: [])
+    assert "at least two clips" in refusal(monkeypatch, *arrays)
+
+
+def test_figures_go_where_out_says_and_before_they_are_printed(
+    trained, arrays, tmp_path, monkeypatch
+):
+    class Unprintable(Exception):
+        pass
+
+    def stop(*_):
+        raise Unprintable
+
+    monkeypatch.setattr(fvd, "report", stop), monkeypatch.setattr(fvd, "report_files", stop)
+    for number, command in enumerate(
+        (["--ckpt", trained, "--protocol", "pushing", "--clips", 2], arrays)
+    ):
+        with pytest.raises(Unprintable):
+            here(monkeypatch, *command, "--out", tmp_path / "new" / f"{number}.json")
+        assert strict((tmp_path / "new" / f"{number}.json").read_text())["clips"] in (2, [4, 4])
+    here(monkeypatch, "sanity", "--ckpt", trained, "--clips", 2, "--out", tmp_path / "sanity.json")
+    assert "samples" in strict((tmp_path / "sanity.json").read_text())["table"]
+
+
+ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_a_console_of_ascii_ends_nothing(trained, arrays, tmp_path):
+    out, _ = script("fvd.py", *arrays, **ASCII)
+    assert "Fr?chet" in out
+    script(
+        "fvd.py",
+        "sweep",
+        "--ckpt",
+        trained,
+        "--steps",
+        1,
+        "--seeds",
+        "0,1",
+        "--clips",
+        2,
+        "--out",
+        tmp_path,
+        **ASCII,
+    )
+    table = (tmp_path / "sweep.md").read_text(encoding="utf-8")
+    assert "Fréchet" in table and "±" in table and "gripper lost" in table

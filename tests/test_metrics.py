@@ -1,11 +1,16 @@
 """The scores of metrics.py against torch-fidelity, closed forms, and videos that are wrong in a known way."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
 from conftest import stand_in, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import metrics
@@ -13,6 +18,44 @@ from config import UserError
 from video import to_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def imported():
+    """The modules of torch-fidelity and what it needs."""
+    packages = ("torchvision", "torch_fidelity")
+    return [name for name in sys.modules if name.split(".")[0] in packages]
+
+
+def forget():
+    """Have torch-fidelity imported anew."""
+    for name in imported():
+        if getattr(sys.modules[name], "__file__", None):
+            del sys.modules[name]
+    metrics.torch_fidelity.cache_clear(), metrics.lpips.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def fidelity():
+    """torch-fidelity, with a stand-in for a torchvision that was built for another torch.
+
+    Of torchvision, only what reads images and pretrained weights is used; nothing of that is here.
+    """
+    if metrics.torch_fidelity():
+        yield metrics.torch_fidelity()
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("", ".datasets", ".models", ".transforms", ".transforms.functional"):
+            patch.setitem(sys.modules, f"torchvision{name}", types.ModuleType(name))
+        vision = sys.modules["torchvision"]
+        vision.transforms = sys.modules["torchvision.transforms"]
+        vision.transforms.functional = sys.modules["torchvision.transforms.functional"]
+        for name in ("CIFAR10", "CIFAR100", "STL10"):
+            setattr(sys.modules["torchvision.datasets"], name, type(name, (), {}))
+        weights = types.SimpleNamespace(IMAGENET1K_V1=types.SimpleNamespace(url="vgg16.pth"))
+        sys.modules["torchvision.models"].VGG16_Weights = weights
+        forget()
+        yield metrics.torch_fidelity()
+    forget()
 
 
 def features(seed, n, width, scale=1.0, shift=0.0):
@@ -25,9 +68,7 @@ sets = st.builds(features, st.integers(0, 2**31), st.integers(20, 60), st.just(8
 
 
 @given(sets, sets)
-def test_frechet_is_torch_fidelitys_and_that_of_the_matrix_square_root(a, b):
-    if not metrics.torch_fidelity():
-        pytest.skip("torch-fidelity is not installed")
+def test_frechet_is_torch_fidelitys_and_that_of_the_matrix_square_root(fidelity, a, b):
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     theirs = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), False)["frechet_inception_distance"]
@@ -96,10 +137,7 @@ def test_every_corruption_scores_above_the_noise_floor():
     assert all(value > 2 * floor for value in scores.values()), (floor, scores)
 
 
-def test_scores_are_torch_fidelitys_with_the_detector_registered():
-    package = metrics.torch_fidelity()
-    if not package:
-        pytest.skip("torch-fidelity is not installed")
+def test_scores_are_torch_fidelitys_with_the_detector_registered(fidelity):
     video = np.random.default_rng(0).integers(0, 256, (48, 4, 16, 16, 3), np.uint8)
     video[24:] //= 2
 
@@ -115,7 +153,7 @@ def test_scores_are_torch_fidelitys_with_the_detector_registered():
 
     detector = metrics.Offline()
     ours = metrics.set_scores(*(metrics.detect_features(detector, v) for v in (video[:24], video[24:])))
-    theirs = package.calculate_metrics(
+    theirs = fidelity.calculate_metrics(
         input1=Clips(video[24:]), input2=Clips(video[:24]), feature_extractor=metrics.register(detector), fid=True, kid=True, prc=True,
         kid_subset_size=12, cuda=False, cache=False, verbose=False, save_cpu_ram=True)  # fmt: skip
     for name, key in (("frechet", "frechet_inception_distance"), ("kvd", "kernel_inception_distance_mean"), ("precision", "precision"), ("recall", "recall")):
@@ -176,9 +214,7 @@ def test_ssim_is_the_formula_written_out():
         metrics.ssim(a[:, :10], b[:, :10])
 
 
-def test_lpips_is_used_where_its_weights_are_and_left_out_where_not(tmp_path, monkeypatch):
-    if not metrics.torch_fidelity():
-        pytest.skip("torch-fidelity is not installed")
+def test_lpips_is_used_where_its_weights_are_and_left_out_where_not(tmp_path, monkeypatch, fidelity):
     video = np.zeros((2, 3, 16, 16, 3), np.uint8)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     metrics.lpips.cache_clear()
@@ -186,3 +222,126 @@ def test_lpips_is_used_where_its_weights_are_and_left_out_where_not(tmp_path, mo
     monkeypatch.setattr(metrics, "lpips", lambda device: lambda a, b: torch.arange(len(a)).float())
     assert metrics.frame_scores(video, video)["lpips"].tolist() == [1, 4]  # means over three frames each
     assert metrics.BEST == {"psnr": max, "ssim": max, "lpips": min}
+
+
+# ---------------------------------------------------------------------------- what must not matter
+
+
+def discs(seed, clips, blue=0):
+    """Red discs that move on black, uint8 (clips, 8, 32, 32, 3); blue is drawn from 0 to `blue`."""
+    draw = np.random.default_rng(seed)
+    y, x = np.mgrid[:32, :32]
+    start, speed = draw.uniform(8, 24, (clips, 1, 2)), draw.normal(0, 1, (clips, 1, 2))
+    place = (start + speed * np.arange(8)[:, None])[..., None, None]  # (clips, 8, 2, 1, 1)
+    video = np.zeros((clips, 8, 32, 32, 3), np.uint8)
+    video[..., 0] = 230 * ((y - place[:, :, 0]) ** 2 + (x - place[:, :, 1]) ** 2 < 25)
+    video[..., 2] = draw.integers(0, blue + 1, video.shape[:-1])
+    return video
+
+
+def offline(video):
+    return metrics.detect_features(metrics.Offline(), video)
+
+
+def test_a_change_that_nobody_sees_hardly_moves_the_offline_score():
+    real, other, changed = (offline(discs(*of)) for of in ((0, 24), (1, 24), (1, 24, 1)))
+    assert real.std(0).min() < 1e-6  # blue is 0 everywhere
+    plain, blue = (metrics.set_scores(real, of, True) for of in (other, changed))
+    assert plain["frechet"] < 100 and blue["frechet"] == pytest.approx(plain["frechet"], rel=0.1)
+    assert blue["kvd"] == pytest.approx(plain["kvd"], abs=0.2)
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=15)
+def test_the_noise_floor_of_a_dozen_ordinary_clips_is_of_the_size_of_the_scores(seed):
+    first, second = offline(discs(seed, 12)).chunk(2)
+    assert metrics.set_scores(first, second, True)["frechet"] < 1000  # 91 features of six clips
+
+
+def test_ordinary_features_vary_by_more_than_the_smallest_deviation():
+    source = data.open_source(tiny("data.train_clips=1000").data, 0, "train", 10)
+    std = offline(to_uint8(torch.stack([source.clip(i) for i in range(128)]))).std(0)
+    assert std.min() > metrics.HALF_LEVEL  # so that the scores of `pushing` are those without it
+
+
+class NoFloat64(TorchDispatchMode):
+    """Makes the meta device refuse float64, as an Apple GPU does; a copy to the CPU is of zeros."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        copies = function is torch.ops.aten._to_copy.default and args[0].is_meta
+        if copies and kwargs.get("device") == torch.device("cpu"):
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor) and tensor.is_meta and tensor.dtype == torch.float64:
+                raise TypeError("the device has no float64")
+        return out
+
+
+def test_a_device_without_float64_does(monkeypatch):
+    video = np.random.default_rng(0).integers(0, 256, (3, 2, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(metrics, "lpips", lambda device: None)
+    with NoFloat64():
+        with pytest.raises(TypeError, match="no float64"):
+            torch.zeros(2, device="meta").double()
+        features = metrics.detect_features(metrics.Offline().to("meta"), video)
+        scores = metrics.frame_scores(video, video, "meta")
+        images = torch.as_tensor(video[0]).to("meta")
+        assert metrics.psnr(images, images).shape == metrics.ssim(images, images).shape == (2,)
+    assert features.dtype == torch.float64 and features.shape == (3, 91)
+    assert scores["psnr"].tolist() == [100] * 3 and scores["ssim"] == pytest.approx(1)
+
+
+BROKEN = {
+    "operator torchvision::nms does not exist": RuntimeError,
+    "_C.so: undefined symbol: _ZN3c106": OSError,
+    "module 'torch' has no attribute 'no_such'": AttributeError,
+    "cannot import name 'no_such' from 'torch'": ImportError,
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_torchvision_that_does_not_fit_is_named_once_and_costs_lpips_alone(
+    tmp_path, monkeypatch, capsys, message
+):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text(
+        f"raise {BROKEN[message].__name__}({message!r})"
+    )
+    for name in imported():
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    forget()
+    assert metrics.torch_fidelity() is metrics.lpips() is metrics.torch_fidelity() is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: no LPIPS") and message in line and "pip install" in line
+    assert metrics.set_scores(features(0, 20, 8), features(1, 20, 8)).keys() == {
+        "frechet",
+        "kvd",
+        "kvd_std",
+        "precision",
+        "recall",
+    }
+    with pytest.raises(UserError, match="torch-fidelity"):
+        metrics.register(metrics.Offline())
+    forget()
+
+
+def test_kvd_precision_and_recall_are_torch_fidelitys(fidelity):
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    real, fake = features(0, 60, 8), features(0, 45, 8, 1.2, 3)
+    got = metrics.set_scores(real, fake)
+    theirs = kid_features_to_metric(fake, real, kid_subset_size=22, kid_subsets=100, verbose=False)
+    theirs |= prc_features_to_metric(fake.float(), real.float(), save_cpu_ram=False, verbose=False)
+    named = {"kvd": "kernel_inception_distance_mean", "kvd_std": "kernel_inception_distance_std"}
+    for name in ("kvd", "kvd_std", "precision", "recall"):
+        assert got[name] == pytest.approx(theirs[named.get(name, name)], rel=1e-6)
+    assert 0 < got["precision"] < 1 and 0 < got["recall"] < 1
+
+
+def test_too_few_clips_are_refused_without_a_warning(recwarn):
+    with pytest.raises(UserError, match="at least two clips in each set, not 1 and 5"):
+        metrics.set_scores(features(0, 1, 8), features(0, 5, 8), True)
+    assert not recwarn

@@ -211,3 +211,4 @@ def test_a_lost_gripper_has_no_speed_and_no_place(clips):
     clip[-1] = np.uint8(255 * np.array(pushing.TABLE))
     found = object_measures(clip, state, 2)
     assert np.isnan(found["path"][-1]).all() and not np.isnan(found["path"][:-1]).any() and np.isnan(found["speed"]).tolist() == [False] * 7 + [True] and not found["right"][-1]
+    assert found["lost"].tolist() == [False] * 7 + [True]

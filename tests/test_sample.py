@@ -1,7 +1,9 @@
 """Guidance, the sampler, and sample.py as a user runs it."""
 
 import dataclasses
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 import sample
 import video
 from canvas import clip_generator
+from config import UserError
 
 scales = st.floats(-2, 4).map(lambda w: round(w, 3))
 
@@ -199,6 +202,14 @@ def test_script_refuses_an_output_that_is_a_file(trained, tmp_path):
     (tmp_path / "taken").touch()
     _, err = script("sample.py", "--ckpt", trained, "--out", tmp_path / "taken", expect=2)
     assert "cannot make the folder" in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder root cannot write to")
+def test_script_finds_an_output_that_cannot_be_written_before_it_samples(trained, monkeypatch):
+    monkeypatch.setattr(sample, "write_samples", lambda *_: pytest.fail("began to sample"))
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(trained), "--out", "/proc/self"])
+    with pytest.raises(UserError, match="cannot write to the folder '/proc/self'"):
+        sample.main()
 
 
 def test_script_follows_the_configuration_beside_the_checkpoint(trained, tmp_path):
