@@ -110,9 +110,10 @@ class Folder:
     """Random clips of the videos anywhere below `data.path`, each video equally often: video files, and folders of images.
 
     The split is `data.test_list` where given, a text file that names the test videos; else the folders `train/` and `test/`
-    where both exist; else, of fewer than FEW videos, the last fifth of each is the test split, and of more, those whose path
-    has a hash in the lowest tenth, so that a video stays in its split as others are added. What is shorter than a clip is left out, with
-    a warning that counts it. Raises UserError if nothing usable is left.
+    (or, without that, `val/`) where both exist; else, of fewer than FEW videos, the last fifth of
+    each is the test split, and of more, those whose path has a hash in the lowest tenth, so that a
+    video stays in its split as others are added. What is shorter than a clip is left out, with a
+    warning that counts it. Raises UserError if nothing usable is left.
     """
 
     def __init__(self, data: Data, seed: int, split: str, frames: int, cache=None):
@@ -151,15 +152,19 @@ class Folder:
                 if name not in self.failed:
                     self.failed.add(name)
                     warn(f"{self.root / name}: {reason}; another video takes its place", everywhere=True)
-        raise UserError(f"{self.root / name}: {reason}, and so {other} videos before it; is the disk still there?")
+        gone = "" if os.access(self.root / name, os.R_OK) else "; is the disk still there?"
+        raise UserError(f"{self.root / name}: {reason}, and so {other} videos before it{gone}")
 
 
 def _split(root: Path, length: dict[str, int], split: str, test_list: str) -> list[tuple[str, int, int]]:
     """The (name, first frame, frames) that belong to a split, of the usable videos and their lengths."""
+    folders = {"train": "train", "test": "test" if (root / "test").is_dir() else "val"}
     if test_list:
         held_out = _read_list(test_list, length)
-    elif all((root / s).is_dir() for s in SPLITS):
-        return [(name, 0, n) for name, n in length.items() if name.startswith(f"{split}/")]
+    elif all((root / folder).is_dir() for folder in folders.values()):
+        if folders[split] == "val":
+            warn(f"{root} has no test/: val/ is the test split")
+        return [(name, 0, n) for name, n in length.items() if name.startswith(f"{folders[split]}/")]
     elif len(length) < FEW:
         return [(name, 0, n - n // 5) if split == "train" else (name, n - n // 5, n // 5) for name, n in length.items()]
     else:

@@ -9,7 +9,6 @@ Writes samples.npz, samples.mp4, grid.png (truth above sample) and steps.png (ho
 
 import math
 import os
-import sys
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -251,12 +250,18 @@ def draw_steps(frame, tokenizer, samples, truth, context, path, clips=4):
 
 
 def write_mp4(video, path, fps=8, scale=4):
-    """Write uint8 (clips, T, H, W, 3) as one H.264 video, the clips side by side. For looking at, never for scores."""
+    """Write uint8 (clips, T, H, W, 3) as one H.264 video, the clips side by side. For looking at,
+    never for scores: without PyAV and its encoder a warning says that it is not written.
+
+    Returns whether it was written.
+    """
     try:
         import av
-    except ImportError:
-        print(f"PyAV is not installed, so {path} is not written (pip install av)", file=sys.stderr)
-        return
+
+        av.Codec("libx264", "w")
+    except (ImportError, ValueError):  # UnknownCodecError is a ValueError
+        config.warn(f"{path} is not written: that needs PyAV with libx264 (pip install av)")
+        return False
     columns = math.ceil(math.sqrt(len(video)))
     blank = np.zeros_like(video[:1]).repeat(-len(video) % columns, 0)
     tiles = np.concatenate([video, blank])  # (rows * columns, T, H, W, 3)
@@ -269,10 +274,14 @@ def write_mp4(video, path, fps=8, scale=4):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
         container.mux(stream.encode())
     os.replace(f"{path}.tmp", path)
+    return True
 
 
 def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, device, progress=True):
-    """Continue each clip of `videos` (clips, >= context, 3, H, W) and write the four files into the folder `out`."""
+    """Continue each clip of `videos` (clips, >= context, 3, H, W), write the four files into `out`.
+
+    Returns the names of those that were written.
+    """
     out, opts = storage.make_folder(out), cfg.sample
     samples, first = [], None
     with autocast(device, cfg.train.precision):
@@ -290,7 +299,8 @@ def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, de
         os.replace(out / "samples.npz.tmp", out / "samples.npz")
         draw_steps(first, tokenizer, samples, truth, opts.context, out / "steps.png")
     draw_grid(samples, truth, opts.context, out / "grid.png")
-    write_mp4(samples, out / "samples.mp4")
+    movie = "samples.mp4, " if write_mp4(samples, out / "samples.mp4") else ""
+    return f"samples.npz, {movie}grid.png and steps.png"
 
 
 # ---------------------------------------------------------------------------------------------------------------- CLI
@@ -345,8 +355,9 @@ def main():
         source = data.open_source(cfg.data, cfg.seed, "test", opts.frames, run_folder(args.ckpt) / "index.json")
         videos = torch.stack([source.clip(i) for i in data.spread(source, opts.clips)])
     out = storage.make_folder(args.out or run_folder(args.ckpt) / "samples")
-    write_samples(out, cfg, model, tokenizer, videos, not args.video, seed, args.batch, device)
-    print(f"wrote samples.npz, samples.mp4, grid.png and steps.png to {out}")
+    truth = not args.video
+    names = write_samples(out, cfg, model, tokenizer, videos, truth, seed, args.batch, device)
+    print(f"wrote {names} to {out}")
 
 
 if __name__ == "__main__":

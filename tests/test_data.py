@@ -106,6 +106,21 @@ def test_own_splits_are_kept_and_what_is_missing_is_said(tmp_path, capsys):
         folder(tmp_path / "nowhere")
 
 
+def test_without_a_test_folder_val_is_held_out(tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for i in range(3):
+            write_video(tmp_path / split / f"{i}.mp4", 4 + i)
+    train, test = folder(tmp_path), folder(tmp_path, split="test")
+    assert [v[0] for v in train.videos] == [f"train/{i}.mp4" for i in range(3)]
+    assert [v[0] for v in test.videos] == [f"val/{i}.mp4" for i in range(3)]
+    assert capsys.readouterr().err == f"warning: {tmp_path} has no test/: val/ is the test split\n"
+    (tmp_path / "test").mkdir()
+    write_video(tmp_path / "test" / "v.mp4", 4)
+    assert [v[0] for v in folder(tmp_path, split="test").videos] == ["test/v.mp4"]
+    assert capsys.readouterr().err == ""
+
+
 names = st.lists(st.text("abc/. 01é", min_size=1, max_size=9), unique=True)
 
 
@@ -173,7 +188,11 @@ def test_a_video_that_turns_out_damaged_is_named_once_and_replaced(tmp_path, cap
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and "2.mp4: " in said[0] and "3.mp4: " in said[1]
     (tmp_path / "train" / "0.mp4").unlink(), (tmp_path / "train" / "1.mp4").unlink()
-    with pytest.raises(UserError, match="train/1.mp4: .* 3 videos before it"):
+    with pytest.raises(UserError, match="train/1.mp4: .* 3 videos before it; is the disk"):
+        source.clip(2)
+    for i in range(4):
+        (tmp_path / "train" / f"{i}.mp4").write_bytes(b"damage")
+    with pytest.raises(UserError, match="train/1.mp4: .* 3 videos before it$"):
         source.clip(2)
 
 

@@ -185,6 +185,35 @@ def test_script_writes_its_four_files_whatever_the_batch(trained, tmp_path):
     assert len(video.frame_times(video.probe(tmp_path / "a" / "samples.mp4"))) == 4
 
 
+@pytest.mark.parametrize("lacking", ["libx264", ""])
+def test_script_goes_on_without_a_video_encoder(trained, tmp_path, lacking):
+    """A PyAV without libx264, or without any encoder, is had by a stand-in for what opens one."""
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import av
+
+def refuse(name, *args, real=av.Codec, **kwargs):
+    if name.startswith({lacking!r}):
+        raise av.codec.codec.UnknownCodecError(name)
+    return real(name, *args, **kwargs)
+
+def open_without(*args, real=av.open, **kwargs):
+    class Container:
+        add_stream = staticmethod(refuse)
+        __enter__ = lambda self: self
+        __exit__ = lambda *_: None
+    return Container()
+
+av.Codec, av.open = refuse, open_without
+""")
+    command = ("sample.py", "--ckpt", trained, "--out", tmp_path / "out", "--clips", 1)
+    out, err = script(*command, PYTHONPATH=str(tmp_path))
+    (line,) = [line for line in err.splitlines() if "warning" in line]
+    assert "samples.mp4 is not written" in line and "libx264" in line
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"samples.npz", "grid.png", "steps.png"}
+    assert "samples.mp4" not in out and "samples.npz" in out
+
+
 def test_script_options_change_the_result_and_seeds_give_other_futures(trained, tmp_path):
     seen = []
     for i, options in enumerate([[], ["--seed", 9], ["--steps", 5], ["--solver-steps", 4], ["--cfg-temporal", 3], ["--cfg-canvas", 0.5]]):

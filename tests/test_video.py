@@ -9,6 +9,7 @@ import struct
 import time
 import tracemalloc
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from config import UserError
 from video import Unreadable, find_videos, probe, read_ending, read_frames, to_tensor, to_uint8
 
 av = pytest.importorskip("av")
+FILES = Path(__file__).parent / "files"  # what PyAV cannot write
 
 
 def picture(t, size):
@@ -45,15 +47,14 @@ def numbers(frames):
     return [number(frame) for frame in (frames if isinstance(frames, np.ndarray) else to_uint8(frames))]
 
 
-def write_video(path, frames=20, size=(64, 48), codec="mpeg4", pixels="yuv420p", times=None, rotation=None, container={}, **options):
+def write_video(path, frames=20, size=(64, 48), codec="mpeg4", pixels="yuv420p", times=None,
+                container={}, **options):  # fmt: skip
     """Frames `picture(0)`, `picture(1)`, ..., 25 a second or at `times` in milliseconds."""
     with av.open(os.fspath(path), "w", options=container) as file:
         stream = file.add_stream(codec, rate=25, options={"g": "5"} | {name.replace("_", "-"): str(v) for name, v in options.items()})
         stream.width, stream.height, stream.pix_fmt = *size, pixels
         if times:
             stream.codec_context.time_base = Fraction(1, 1000)
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
         for t in range(len(times) if times else frames):
             frame = av.VideoFrame.from_ndarray(picture(t, size), format="rgb24")
             if times:
@@ -178,18 +179,72 @@ def test_a_long_pause_costs_nothing(tmp_path):
     assert peak < 10**6
 
 
-@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
-def test_a_rotated_video_is_turned_as_its_matrix_says(tmp_path, rotation):
-    if not hasattr(av.video.stream.VideoStream, "set_display_rotation"):
-        pytest.skip("this PyAV reads rotations but writes none")
-    path = write_video(tmp_path / "v.mp4", 3, size=(48, 48), rotation=rotation)
-    start = path.read_bytes().index(b"tkhd") + 44
-    a, b, _, c, d = (v / 65536 for v in struct.unpack(">5i", path.read_bytes()[start : start + 20]))  # x' = ax + cy, y' = bx + dy
-    got, plain = read(path, range(1, 2))[0], read(write_video(tmp_path / "plain.mp4", 3, size=(48, 48)), range(1, 2))[0]
-    for x in (-12, 10):  # pixels from the centre
-        for y in (-9, 5):
-            there = got[round(15.5 + b * (x + 0.5) + d * (y + 0.5)), round(15.5 + a * (x + 0.5) + c * (y + 0.5))]
-            assert abs(int(there[0]) - int(plain[16 + y, 16 + x, 0])) < 20
+STORED = {  # how an image that is to be shown as `x` is stored, by EXIF orientation
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x, -1),
+}
+MATRICES = {  # and the matrix (a, b, c, d) that shows it: x' = ax + cy, y' = bx + dy
+    1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1),
+    5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_video_is_turned_and_mirrored_as_its_matrix_says(tmp_path, orientation):
+    path = write_video(tmp_path / "v.mp4", 3, size=(48, 48))
+    plain, raw = read(path, range(3)), bytearray(path.read_bytes())
+    a, b, c, d = (65536 * v for v in MATRICES[orientation])
+    struct.pack_into(">5i", raw, raw.index(b"tkhd") + 44, a, b, 0, c, d)
+    path.write_bytes(raw)
+    for shown, stored in zip(read(path, range(3)), plain):
+        assert (STORED[orientation](shown) == stored).all()
+
+
+@pytest.mark.parametrize("name", ["0.jpg", "0.png", "0.webp", "0.tif"])
+def test_exif_orientations_are_honoured_in_every_format(tmp_path, name):
+    exif, shown = Image.Exif(), picture(5, (32, 32))
+    for orientation, stored in STORED.items():
+        exif[0x0112] = orientation
+        folder = tmp_path / str(orientation)
+        folder.mkdir()
+        image = Image.fromarray(np.ascontiguousarray(stored(shown)))
+        image.save(folder / name, exif=exif, quality=100, lossless=True)
+        difference = np.abs(read(folder, range(1))[0].astype(int) - shown)
+        assert difference.mean() < (9 if name == "0.jpg" else 0.01), orientation
+
+
+def test_images_of_every_mode_keep_their_brightness(tmp_path):
+    grey = np.linspace(20, 230, 32 * 32).reshape(32, 32).astype(np.uint8)
+    images = {
+        "grey.png": Image.fromarray(grey),
+        "grey16.png": Image.fromarray(grey.astype(np.uint16) * 257),
+        "grey16.tif": Image.fromarray(grey.astype(np.uint16) * 257),
+        "alpha.png": Image.fromarray(np.dstack([grey, grey, grey, 255 - grey])),
+        "grey_alpha.png": Image.fromarray(np.dstack([grey, 255 - grey])),
+        "palette.png": Image.fromarray(grey).quantize(256),
+        "cmyk.jpg": Image.fromarray(grey).convert("CMYK"),
+    }
+    for name, image in images.items():
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        image.save(folder / name, **({"quality": 100} if "jpg" in name else {}))
+        got = read(folder, range(1))[0].astype(int)
+        assert np.abs(got - grey[..., None]).max() <= 4, name
+
+
+@pytest.mark.parametrize("name", ["square.mp4", "dvd_16_9.mp4", "hdv_1440.mp4", "sar_half.mkv"])
+def test_pixels_are_made_square(name):
+    path = FILES / "sar" / name
+    (frame,) = read_frames(path, video.frame_times(probe(path)), range(1), 64)
+    disc = np.abs(frame.astype(int) - frame[0, 0]).sum(-1) > 100
+    height, width = (np.ptp(np.nonzero(disc)[axis]) + 1 for axis in (0, 1))
+    assert abs(height - width) <= 2 and height > 20
 
 
 @given(st.integers(16, 100), st.integers(16, 100), st.sampled_from([("v.mp4", "libx264", "yuv444p"), ("v.gif", "gif", "rgb8")]))
@@ -223,10 +278,162 @@ def test_the_ending_of_a_video(tmp_path):
         read_ending(tmp_path / "none.mp4", 32, 3, 4)
 
 
+@pytest.mark.parametrize("name", ["faststart.mp4", "x264.flv", "x264.ts"])
+def test_the_ending_of_a_cut_video_leaves_out_damaged_frames(tmp_path, name):
+    raw = write_video(tmp_path / name, 40, **FORMATS[name]).read_bytes()
+    for share in (0.5, 0.55, 0.6, 0.7, 0.8):
+        (tmp_path / name).write_bytes(raw[: int(share * len(raw))])
+        first, *_, last = got = numbers(read_ending(tmp_path / name, 32, 3, 2))
+        assert got == list(range(first, last + 1, 2)) and last > 4
+
+
 @given(st.integers(0, 2**31))
 def test_pixels_come_back_from_the_model_range(seed):
     frames = np.random.default_rng(seed).integers(0, 256, (2, 4, 5, 3), np.uint8)
     assert (to_uint8(to_tensor(frames)) == frames).all() and to_tensor(frames).abs().max() <= 1
+
+
+# ------------------------------------------------------------ files whose packets cannot be trusted
+
+
+def decoded(path, size=32):
+    """Every frame that decoding from the start gives: uint8 (frames, size, size, 3)."""
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_count = 1
+        return np.stack([video._crop(frame, size) for frame in container.decode(video=0)])
+
+
+def check_all(path, size=32):
+    """Check that the index counts the frames that decode and any can be read; return them."""
+    frames, times = decoded(path, size), video.frame_times(probe(path))
+    assert len(times) == len(frames)
+    clips = [range(t, t + 1) for t in range(len(frames))]
+    clips += [range(len(frames)), range(5, len(frames), 3), range(len(frames) - 2, len(frames))]
+    for wanted in clips:
+        got = read_frames(path, times, wanted, size)
+        assert (got == frames[wanted.start : wanted.stop : wanted.step]).all(), wanted
+    return frames
+
+
+COUNTS = {
+    "remux_order/a_copy.mp4": 75,  # times of decoding as times of showing
+    "remux_order/h_copy.mp4": 75,
+    "remux_order/x_copy.mkv": 74,
+    "cut_open_gop/h264_opengop_mp4.mkv": 52,  # the first packets never decode
+    "cut_open_gop/hevc_default_mp4.mkv": 70,
+    "cut_open_gop/hevc_opengop_mp4.ts": 52,
+    "cut_open_gop/mpeg2_bf_ts.ts": 40,
+    "paff/paff_remux.mkv": 40,  # a packet is a field
+    "paff/paff_remux.ts": 40,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_frames_and_counts_are_those_of_decoding_from_the_start(name):
+    frames = check_all(FILES / name)
+    assert len(frames) == COUNTS[name]
+    if "remux_order" in name:  # a grey ramp
+        assert (np.diff(frames.mean((1, 2, 3))) > -0.5).all()
+    assert read_ending(FILES / name, 32, 3, 2).shape == (3, 3, 32, 32)
+
+
+BEGINS = [(0, 0), (0, 90), (90, 0), (0, 410), (410, 0), (0, 100_000), (100_000, 0)]
+
+
+@pytest.mark.parametrize("begin", BEGINS)
+def test_transport_streams_put_end_to_end(tmp_path, begin):
+    parts = []
+    for offset in begin:
+        times = [offset + 40 * t for t in range(20)]
+        part = write_video(tmp_path / "v.ts", codec="libx264", times=times, x264_params="b-adapt=0")
+        parts.append(part.read_bytes())
+    (tmp_path / "v.ts").write_bytes(b"".join(parts))
+    assert numbers(check_all(tmp_path / "v.ts")) == [*range(20)] * 2
+
+
+def write_moving(path, frames=100, **options):
+    """A texture that moves, two frames a second."""
+    texture = np.random.default_rng(0).integers(0, 256, (frames + 64, frames + 64, 3), np.uint8)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=2, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for t in range(frames):
+            image = np.ascontiguousarray(texture[t // 2 : t // 2 + 64, t : t + 64])
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode())
+    return path
+
+
+def test_clips_after_the_recovery_points_of_a_gradual_refresh(tmp_path):
+    refresh = {"x264-params": "intra-refresh=1:keyint=10:scenecut=0"}
+    check_all(write_moving(tmp_path / "v.mp4", **refresh), size=64)
+
+
+def repack(source, target, change):
+    """Write the packets of a video with the bytes that change(number, bytes) gives."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        packets = (packet for packet in old.demux(video=0) if packet.size)
+        for number, packet in enumerate(packets):
+            changed = av.Packet(change(number, bytes(packet)))
+            changed.pts, changed.dts, changed.time_base = packet.pts, packet.dts, packet.time_base
+            changed.duration, changed.is_keyframe = packet.duration, packet.is_keyframe
+            changed.stream = stream
+            new.mux(changed)
+    return target
+
+
+def test_vp8_frames_that_are_never_shown_do_not_count(tmp_path):
+    source = write_video(tmp_path / "v.webm", codec="libvpx", g=10)
+    hide = lambda number, data: bytes([data[0] & ~16]) + data[1:] if number in (3, 12) else data
+    path = repack(source, tmp_path / "hidden.webm", hide)
+    assert numbers(check_all(path)) == [t for t in range(20) if t not in (3, 12)]
+    assert not isinstance(video.frame_times(probe(path)), video.Untimed)
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "v.avi"])
+def test_mpeg4_frames_that_are_not_coded_do_not_count(tmp_path, name):
+    source = write_video(tmp_path / "source.mp4", 50, g=50)
+    skip = lambda number, data: b"\0\0\1\xb6\x50\x47" if number == 45 else data
+    assert len(check_all(repack(source, tmp_path / name, skip))) == 49
+
+
+def test_a_video_that_does_not_begin_with_a_key_frame(tmp_path):
+    raw = write_video(tmp_path / "v.ts", 30, codec="libx264", g=10).read_bytes()
+    with av.open(str(tmp_path / "v.ts")) as container:
+        begins = [packet.pos for packet in container.demux(video=0) if packet.size]
+    (tmp_path / "v.ts").write_bytes(raw[: begins[0]] + raw[begins[4] :])
+    assert numbers(check_all(tmp_path / "v.ts"))[-5:] == list(range(25, 30))
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
+def test_the_default_stream_is_read(tmp_path, name):
+    with av.open(str(tmp_path / name), "w") as file:
+        streams = [file.add_stream("libx264", rate=25) for _ in range(2)]
+        for stream, default in zip(streams, (0, 1)):
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            stream.disposition = default
+        for t in range(6):
+            for stream, number in zip(streams, (60, t)):
+                frame = av.VideoFrame.from_ndarray(picture(number, (64, 48)), format="rgb24")
+                file.mux(stream.encode(frame))
+        for stream in streams:
+            file.mux(stream.encode())
+    assert numbers(read(tmp_path / name, range(1, 6))) == [1, 2, 3, 4, 5]
+
+
+def test_a_cover_picture_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "song.mp4"), "w") as file:
+        sound = file.add_stream("aac", rate=8000, layout="mono")
+        cover = file.add_stream("png", rate=1)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 64, 48, "rgb24", 0x400
+        silence = np.zeros((1, 1024), np.float32)
+        frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+        frame.rate = 8000
+        file.mux(cover.encode(av.VideoFrame.from_ndarray(picture(0, (64, 48)), format="rgb24")))
+        for stream, last in ((sound, frame), (sound, None), (cover, None)):
+            file.mux(stream.encode(last))
+    assert probe(tmp_path / "song.mp4") == {"skip": "no video stream"}
 
 
 # ---------------------------------------------------------------------------------------------------- files with faults
@@ -329,6 +536,43 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert set(find_videos(tmp_path / "root")) == {"b/x.mp4", "file.mp4"}
 
 
+def test_hidden_files_and_folders_are_passed_over(tmp_path, capsys):
+    frames = write_images(tmp_path / "frames", 5)
+    write_video(tmp_path / "v.mp4", 3)
+    for place in (".Trashes", "__MACOSX", "deep/.hidden"):
+        write_images(tmp_path / place, 2), write_video(tmp_path / place / "v.mp4", 2)
+    for name in ("frames/._frame3.png", "._v.mp4", "deep/._0.png"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7" + bytes(60))
+    found = index(tmp_path)
+    assert {name: len(times) for name, times in found.items()} == {"frames": 5, "v.mp4": 3}
+    assert numbers(read(frames, range(5))) == list(range(5)) and capsys.readouterr().err == ""
+
+
+def test_what_is_passed_over_is_named_once(tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / "both", 4), write_video(tmp_path / "both" / "v.mp4", 3)
+    (tmp_path / "closed").mkdir()
+    for link in ("gone.mp4", "gone.png", "folder"):
+        (tmp_path / link).symlink_to(tmp_path / "nowhere" / link)
+    real = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert list(index(tmp_path)) == ["both/v.mp4"]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    for words, names in {
+        "1 files and folders that may not be opened": ["closed"],
+        "3 links that lead nowhere": ["folder", "gone.mp4", "gone.png"],
+        "4 images beside video files": ["both/frame0.png", "both/frame1.png", "both/frame2.png"],
+    }.items():
+        (line,) = [line for line in said if words in line]
+        assert ", ".join(str(tmp_path / name) for name in names) in line
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
@@ -396,6 +640,18 @@ def test_what_has_not_changed_is_not_probed_again(tmp_path, monkeypatch):
     assert set(json.loads(cache.read_text())["videos"]) == {*changed, "bad.mp4"}
     other = shutil.copytree(root, tmp_path / "copy")
     assert index(other, cache).keys() == changed.keys() and len(probed) == 4 + 6  # an index of another folder is not believed
+
+
+def test_an_index_of_another_version_is_made_anew(tmp_path, capsys):
+    root, cache = tmp_path / "videos", tmp_path / "index.json"
+    root.mkdir()
+    write_video(root / "v.mp4", 9)
+    first, stored = index(root, cache), json.loads(cache.read_text())
+    stored["videos"]["v.mp4"]["range"] = [0, 5, 1]
+    for version in (None, 1, 1000):
+        old = {key: value for key, value in stored.items() if key != "version"}
+        cache.write_text(json.dumps(old | ({"version": version} if version else {})))
+        assert index(root, cache) == first and capsys.readouterr().err == ""
 
 
 @pytest.fixture(scope="module")
