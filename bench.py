@@ -14,7 +14,6 @@ import contextlib
 import copy
 import importlib
 import itertools
-import json
 import math
 import os
 import platform
@@ -528,11 +527,11 @@ def main():
         if getattr(args, name, least) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least:g}")
     if args.json:
-        storage.make_folder(Path(args.json).parent)
+        storage.make_file(args.json)
     with compiler_in_words("set train.compile=false"):
         figures = ways[what](args)
     if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1))
+        storage.write_json(figures, args.json)
 
 
 if __name__ == "__main__":

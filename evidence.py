@@ -273,7 +273,7 @@ class Rows:
         tensors = [*run.model.state_dict().values(), *run.tokenizer.state_dict().values()]
         weights = hashlib.sha256(b"".join(t.float().cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16]
         key = json.loads(json.dumps(key | {"weights": weights, "clips": self.plan.clips}))
-        whole = lambda row: ("right" in row) == ("lost" in row)  # not rows scored before the offline detector had its floor
+        whole = lambda row: ("right" in row) == ("shaped" in row)  # rows of objects that were stored before shapes were scored
         if found := [row for row in self.rows if key.items() <= row.items() and whole(row)]:
             self.asked.append(found[0])
             return found[0]
