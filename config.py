@@ -37,7 +37,8 @@ class UserError(Exception):
 def cli(main):
     """Run `main()` and end the process: a UserError, a full disk and the like are one line on stderr and exit status 2."""
     status = 0
-    sys.stdout.reconfigure(errors="replace")  # of a console that cannot show all characters
+    if sys.stdout:  # not closed
+        sys.stdout.reconfigure(errors="replace")  # of a console that cannot show all characters
     try:
         main()
     except SystemExit as stop:
@@ -51,7 +52,8 @@ def cli(main):
             raise
         say("error: " + text)
         status = 2
-    sys.stdout.flush()
+    if sys.stdout:
+        sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(status or 0)  # gloo's threads now and then abort a process that ends in the usual way
     sys.exit(status)
@@ -325,6 +327,10 @@ class Loader(yaml.BaseLoader):
     """Every scalar as the text that stands there, parsed later by the type of its field; no key twice: PyYAML takes the
     last one without a word."""
 
+    def construct_scalar(self, node):
+        nothing = node.style is None and node.value in ("~", "null", "Null", "NULL")
+        return "" if nothing else super().construct_scalar(node)
+
     def construct_mapping(self, node, deep=False):
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
@@ -346,7 +352,7 @@ def _read(path: Path, seen: tuple) -> dict:
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no keys")
     base = tree.pop("base", None)
-    if base is None:
+    if not base:
         return tree
     if not isinstance(base, str):
         raise UserError(f"{path}: base must be the path of another YAML file")
@@ -385,7 +391,8 @@ WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "of
 
 def _value(f, value, name, where):
     """One value, parsed by the type of its field where it is text; paths with the home folder in the place of `~`."""
-    wrong = UserError(f"{where}: {name} must be {f.type.__name__}, got {reprlib.repr(value)}")
+    kind = {int: "int, such as 10", float: "float, such as 0.1 or 1e-3"}.get(f.type, f.type.__name__)
+    wrong = UserError(f"{where}: {name} must be {kind}, got {reprlib.repr(value)}")
     if f.type is bool and isinstance(value, str):
         value = WORDS.get(value.lower(), value)
     elif f.type is str and f.metadata.get("path") and isinstance(value, str):

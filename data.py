@@ -31,7 +31,7 @@ def open_source(data: Data, seed: int, split: str, frames: int, cache=None):
     `clip(index, start=k)` the stretch begins at the item's frame k instead. cache: a file that keeps the index of a folder
     of videos. Raises UserError for a data.path that is not there, a folder without usable videos and for damaged TFRecords.
     """
-    if data.path and not os.path.exists(data.path):
+    if data.name != "pushing" and not os.path.exists(data.path):
         whence = "" if os.path.isabs(data.path) else f" in {os.getcwd()}, where this was started; a whole path is found from everywhere"
         raise UserError(f"there is no data.path={data.path}{whence}")
     if data.name == "folder":
@@ -139,10 +139,12 @@ class Folder:
     def clip(self, index: int, start=None) -> torch.Tensor:
         """(T, 3, size, size) float32 in [-1, 1]; the index decides both the video and, unless `start` does, the stretch of it.
 
-        A video that turns out damaged is named in a warning and the next one takes its place. Raises UserError after 100.
+        A video that turns out damaged is named in a warning and a clip of the next one takes its place, or another of the
+        same where there is no other. Raises UserError after 100.
         """
         draw, reason = np.random.default_rng([self.seed, self.split, index]), ""
-        for other in range(min(len(self), 100)):
+        tries = 100 if start is None else min(len(self), 100)
+        for other in range(tries):
             name, times, first, count = self.videos[(index + other) % len(self)]
             begin = first + (int(draw.integers(count - self.need + 1)) if start is None else min(start, count - self.need))
             try:
@@ -151,9 +153,9 @@ class Folder:
                 reason = str(error)
                 if name not in self.failed:
                     self.failed.add(name)
-                    warn(f"{self.root / name}: {reason}; another video takes its place", everywhere=True)
+                    warn(f"{self.root / name}: {reason}; another clip takes its place", everywhere=True)
         gone = "" if os.access(self.root / name, os.R_OK) else "; is the disk still there?"
-        raise UserError(f"{self.root / name}: {reason}, and so {other} videos before it{gone}")
+        raise UserError(f"{self.root / name}: {reason}; none of {tries} clips can be read{gone}")
 
 
 def _split(root: Path, length: dict[str, int], split: str, test_list: str) -> list[tuple[str, int, int]]:

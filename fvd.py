@@ -34,7 +34,6 @@ from video import VIDEO_FILES, Unreadable, read_frames, read_index
 
 def open_detectors(args, device) -> list:
     """The offline detector, and I3D where --i3d names its file."""
-    metrics.torch_fidelity()  # a warning where it is missing comes before the work
     return [d.to(device).eval() for d in [metrics.Offline(), *([metrics.I3D(args.i3d)] if args.i3d else [])]]
 
 
@@ -46,6 +45,7 @@ def run_protocol(args):
     p = PROTOCOLS[args.protocol]
     run = Run(args, args.ckpt, args.protocol)
     file = storage.make_file(args.out or sample.run_folder(args.ckpt) / "scores.json")
+    metrics.torch_fidelity()  # a warning where it is missing comes before the work
     detectors = open_detectors(args, run.device)
     names = {f"seed {run.seed + j}": run.seed + j for j in range(args.trajectories or p.trajectories)}
     kinds = {"reconstruction": run.reconstruction} | {name: run.samples(seed) for name, seed in names.items()}
@@ -263,6 +263,8 @@ def draw_sweep(rows, detectors, path):
 def run_files(args):
     """REAL GENERATED: score two sets of clips, in .npz files or folders of videos, a batch in memory at a time."""
     file = storage.make_file(args.out) if args.out else None
+    if args.paired:
+        metrics.torch_fidelity()  # a warning where it is missing comes before the work
     device = pick_device(args.device)
     detectors = open_detectors(args, device)
     clips = {"real": open_clips(args.real, "truth", args), "generated": open_clips(args.generated, "samples", args)}
@@ -389,11 +391,11 @@ def load_array(path, key) -> np.ndarray:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except MemoryError:
         raise
-    except Exception as error:  # NumPy and zipfile raise many types for what is damaged or no .npz
-        raise UserError(f"{path} is not an .npz of plain arrays: {error}") from None
+    except Exception:  # NumPy and zipfile raise many types for what is damaged or no .npz
+        raise UserError(f"{path} is not an .npz of plain arrays") from None
     arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
     fit = [name for name, array in arrays.items() if array.dtype == np.uint8 and array.ndim == 5 and array.shape[-1] == 3 and array.size]
-    if not fit or (len(fit) > 1 and key not in fit):
+    if not fit or (key not in fit and (len(fit) > 1 or key in arrays)):
         held = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
         wanted = f"uint8 array (clips, T, H, W, 3) to take as '{key}'"
         raise UserError(f"{path} holds no {wanted}, only {held or 'what is no array'}")
@@ -431,6 +433,8 @@ def main():
             raise UserError(f"--context={args.context} needs --paired")
         if min(args.frames, args.size, args.stride, args.batch) < 1:
             raise UserError("--frames, --size, --stride and --batch must be at least 1")
+        if args.size > 4096:
+            raise UserError(f"--size={args.size} must be at most 4096")
         return run_files(args)
     parser.add_argument("--ckpt", required=True, nargs="+" if command == "sweep" else None, help="a run folder, or one of its .pt files")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), required=command == "protocol")

@@ -267,7 +267,7 @@ def write_mp4(video, path, fps=8, scale=4):
     tiles = np.concatenate([video, blank])  # (rows * columns, T, H, W, 3)
     rows = [np.concatenate(list(tiles[i : i + columns]), axis=2) for i in range(0, len(tiles), columns)]
     movie = np.concatenate(rows, axis=1).repeat(scale, 1).repeat(scale, 2)  # (T, H, W, 3)
-    with av.open(f"{path}.tmp", "w", format="mp4") as container:
+    with av.open(os.path.abspath(f"{path}.tmp"), "w", format="mp4") as container:  # not the name of a protocol
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16"})
         stream.height, stream.width, stream.pix_fmt = movie.shape[1], movie.shape[2], "yuv420p"
         for image in movie:

@@ -45,7 +45,7 @@ def make_folder(path) -> Path:
 
 def make_file(path) -> Path:
     """The path of a file to be written later, its folder made if need be. Raises UserError."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # of a link, what it leads to is written
     make_folder(path.parent)
     if path.exists() and not path.is_file():
         raise UserError(f"cannot write {path}: that is a folder or a device")

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def _keep(index, root: Path, cache):
         Path(temporary).write_text(json.dumps(content), encoding="utf-8")
         os.replace(temporary, cache)
     except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
         warn(f"the index cannot be kept in {cache}: {error.strerror}")
 
 
@@ -146,7 +148,7 @@ def find_videos(root: Path) -> dict[str, list[int]]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = filter(_visible, folders)
+        folders[:] = sorted(filter(_visible, folders))
         place = functools.partial(os.path.join, folder)
         names = set(filter(_visible, files))
         videos = {n for n in names if _ends(n, VIDEO_FILES) and os.path.isfile(place(n))}
@@ -451,10 +453,16 @@ def _read_image(path: Path, size: int) -> np.ndarray:
     exif_transpose = require("PIL.ImageOps", "pillow").exif_transpose
 
     try:
-        with pillow.open(path) as image:
-            if image.mode.startswith("I"):  # grey of 16 bits
+        with warnings.catch_warnings(), pillow.open(path) as image:
+            warnings.simplefilter("ignore")
+            image = exif_transpose(image)
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
                 image = pillow.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            pixels = np.asarray(exif_transpose(image).convert("RGB"))
+            if image.mode in ("I", "F"):
+                raise Unreadable(f"the pixels of {path.name} have neither 8 nor 16 bits")
+            pixels = np.asarray(image.convert("RGB"))
+    except Unreadable:
+        raise
     except Exception:  # Pillow raises errors of many kinds for damaged files
         raise Unreadable(f"{path.name} is not a whole image") from None
     return _crop(av.VideoFrame.from_ndarray(pixels, format="rgb24"), size)

@@ -1,8 +1,11 @@
 """The configuration: what is read is what was written, and every mistake is a sentence."""
 
 import dataclasses
+import os
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, TINY, script, tiny
@@ -53,17 +56,17 @@ def test_a_base_file_supplies_what_is_not_stated(tmp_path):
 BAD = {
     "unknown key 'train.learning'; did you mean 'train.": "train.learning=1",
     "unknown key 'modle'; did you mean 'model'": "modle.width=3",
-    "train.steps must be int, got 'many'": "train.steps=many",
-    "train.steps must be int, got '1.5'": "train.steps=1.5",
-    "seed must be int, got '010'": "seed=010",  # YAML: 8
-    "seed must be int, got '1:30'": "seed=1:30",  # YAML: 90
-    "seed must be int, got '0x10'": "seed=0x10",
-    "seed must be int, got '1_000'": "seed=1_000",
-    "train.lr must be float, got '00.1'": "train.lr=00.1",
+    "train.steps must be int, such as 10, got 'many'": "train.steps=many",
+    "train.steps must be int, such as 10, got '1.5'": "train.steps=1.5",
+    "seed must be int, such as 10, got '010'": "seed=010",  # YAML: 8
+    "seed must be int, such as 10, got '1:30'": "seed=1:30",  # YAML: 90
+    "seed must be int, such as 10, got '0x10'": "seed=0x10",
+    "seed must be int, such as 10, got '1_000'": "seed=1_000",
+    "train.lr must be float, such as 0.1 or 1e-3, got '00.1'": "train.lr=00.1",
     "data.frames=2 must lie between 3": "data.frames=2",
     "model.canvas must be bool, got 'maybe'": "model.canvas=maybe",
-    "train.lr must be float, got '[1, 2]'": "train.lr=[1, 2]",
-    "train.lr must be float, got '.nan'": "train.lr=.nan",
+    "train.lr must be float, such as 0.1 or 1e-3, got '[1, 2]'": "train.lr=[1, 2]",
+    "train.lr must be float, such as 0.1 or 1e-3, got '.nan'": "train.lr=.nan",
     "train.lr must be finite": "train.lr=1e400",
     "model.drop_canvas=1.5 must lie between 0 and 1": "model.drop_canvas=1.5",
     "train.batch=0 must lie between 1": "train.batch=0",
@@ -109,6 +112,24 @@ def test_text_in_a_file_is_what_stands_there(tmp_path, text):
     (tmp_path / "any.yaml").write_text(f"base: {DEFAULT}\nrun: {text}  # a comment\ndata:\n  path: '{text} #2'\n")
     cfg = config.load(tmp_path / "any.yaml")
     assert (cfg.run, cfg.data.path) == (text, f"{text} #2")
+
+
+@pytest.mark.parametrize("nothing", ["", "~", "null"])
+def test_nothing_in_a_file_is_empty_text_and_never_the_home_folder(tmp_path, nothing):
+    (tmp_path / "any.yaml").write_text(f"base: {DEFAULT}\ndata:\n  test_list: {nothing}\ntokenizer: {{checkpoint: {nothing}}}\n")
+    cfg = config.load(tmp_path / "any.yaml")
+    assert (cfg.data.test_list, cfg.tokenizer.checkpoint) == ("", "")
+    config.save(cfg, tmp_path / "whole.yaml")
+    (tmp_path / "whole.yaml").write_text(f"base: {nothing}\n" + (tmp_path / "whole.yaml").read_text())
+    assert config.load(tmp_path / "whole.yaml") == cfg
+    (tmp_path / "any.yaml").write_text(f"base: {DEFAULT}\nrun: {nothing}\n")
+    with pytest.raises(UserError, match="run is empty"):
+        config.load(tmp_path / "any.yaml")
+
+
+def test_a_closed_console_ends_no_program():
+    process = subprocess.run([sys.executable, ROOT / "sample.py", "--ckpt", "none"], stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert process.returncode == 2 and process.stderr.startswith(b"error: ")
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):

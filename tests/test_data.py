@@ -188,12 +188,33 @@ def test_a_video_that_turns_out_damaged_is_named_once_and_replaced(tmp_path, cap
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and "2.mp4: " in said[0] and "3.mp4: " in said[1]
     (tmp_path / "train" / "0.mp4").unlink(), (tmp_path / "train" / "1.mp4").unlink()
-    with pytest.raises(UserError, match="train/1.mp4: .* 3 videos before it; is the disk"):
+    with pytest.raises(UserError, match="train/1.mp4: .* none of 100 clips can be read; is the disk"):
         source.clip(2)
     for i in range(4):
         (tmp_path / "train" / f"{i}.mp4").write_bytes(b"damage")
-    with pytest.raises(UserError, match="train/1.mp4: .* 3 videos before it$"):
+    with pytest.raises(UserError, match="train/1.mp4: .* none of 100 clips can be read$"):
         source.clip(2)
+
+
+def test_of_an_only_video_with_a_damaged_end_other_clips_take_its_place(tmp_path, monkeypatch):
+    write_video(tmp_path / "0.mp4", 30)
+    whole, read_frames = folder(tmp_path), data.read_frames
+    expected = [whole.clip(i) for i in range(12)]
+
+    def read(path, times, wanted, size):
+        if wanted[-1] > 20:
+            raise data.Unreadable("damaged")
+        return read_frames(path, times, wanted, size)
+
+    monkeypatch.setattr(data, "read_frames", read)
+    source = folder(tmp_path)
+    clips = [source.clip(i) for i in range(12)]
+    assert all(max(numbers(clip)) <= 20 for clip in clips)
+    assert any(torch.equal(a, b) for a, b in zip(clips, expected))
+
+
+def test_a_data_path_that_nobody_reads_need_not_be_there():
+    assert data.open_source(tiny("data.path=/nowhere").data, 0, "train", 3).clip(0).shape == (3, 3, 32, 32)
 
 
 def test_a_folder_with_faults_trains_and_samples(tmp_path):

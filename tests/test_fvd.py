@@ -363,6 +363,19 @@ def test_files_without_clips_are_one_line(arrays, tmp_path, monkeypatch):
     assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
 
 
+def test_samples_that_are_no_images_are_refused_and_not_replaced_by_the_truth(arrays, monkeypatch):
+    held = dict(np.load(arrays[1]))
+    clips = next(iter(held.values()))
+    np.savez(arrays[1], samples=clips / 127.5 - 1, truth=clips)
+    assert "samples float64" in refusal(monkeypatch, *arrays)
+
+
+def test_what_a_link_leads_to_is_written(arrays, tmp_path, monkeypatch):
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    here(monkeypatch, *arrays, "--out", tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink() and "offline" in (tmp_path / "target.json").read_text()
+
+
 # ------------------------------------------------------------------ what is written, where and when
 
 

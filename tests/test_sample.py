@@ -306,3 +306,8 @@ def test_compilation_without_a_compiler_is_one_line(trained, tmp_path):
     places = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     _, err = script("sample.py", "--ckpt", trained, "--compile", "--out", tmp_path / "out", expect=2, **places)
     assert err.strip().splitlines()[-1].startswith("error: torch.compile lacks a C or C++ compiler") and "Traceback" not in err
+
+
+def test_a_name_with_a_colon_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sample.write_mp4(np.zeros((1, 2, 32, 32, 3), np.uint8), "a:b.mp4") and (tmp_path / "a:b.mp4").stat().st_size > 0

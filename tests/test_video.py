@@ -238,6 +238,25 @@ def test_images_of_every_mode_keep_their_brightness(tmp_path):
         assert np.abs(got - grey[..., None]).max() <= 4, name
 
 
+def test_grey_of_16_bits_is_turned_too_and_other_depths_are_named(tmp_path, capfd):
+    x = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 60
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    for name, picture in (("deep", x), ("float", x.astype(np.float32)), ("int", x.astype(np.int32))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(picture).save(tmp_path / name / ("0.png" if name == "deep" else "0.tiff"), exif=exif)
+    shown = read(tmp_path / "deep", range(1))[0, :, :, 0]
+    assert np.abs(shown.astype(int) - np.rot90(x // 256, -1)).max() <= 1
+    for name in ("float", "int"):
+        with pytest.raises(Unreadable, match="neither 8 nor 16 bits"):
+            read(tmp_path / name, range(1))
+    (tmp_path / "palette").mkdir()
+    image = Image.fromarray((x // 256).astype(np.uint8)).convert("P")
+    image.save(tmp_path / "palette" / "0.png", transparency=bytes(range(256)))
+    read(tmp_path / "palette", range(1))
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", ["square.mp4", "dvd_16_9.mp4", "hdv_1440.mp4", "sar_half.mkv"])
 def test_pixels_are_made_square(name):
     path = FILES / "sar" / name
