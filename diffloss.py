@@ -19,7 +19,9 @@ class DiffLoss(nn.Module):
     def __init__(self, channels: int, condition: int, width: int, depth: int):
         super().__init__()
         self.enter = nn.Linear(channels, width)
-        self.time = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.time = nn.Sequential(
+            nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
+        )
         self.condition = nn.Linear(condition, width)
         self.blocks = nn.ModuleList(AdaptiveBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
@@ -50,7 +52,10 @@ class DiffLoss(nn.Module):
         f (..., K, C) targets, c (..., K, D) conditions; tau (..., R, K) in [0, 1] and eps (..., R, K, C) standard normal
         are the fresh draws of the R repeats. Returns (..., K).
         """
-        f, condition = f.unsqueeze(-3), self.condition(c).unsqueeze(-3)  # (..., 1, K, C), (..., 1, K, width)
+        f, condition = (
+            f.unsqueeze(-3),
+            self.condition(c).unsqueeze(-3),
+        )  # (..., 1, K, C), (..., 1, K, width)
         t = tau.unsqueeze(-1)
         v = self.velocity((1 - t) * eps + t * f, tau, condition)  # (..., R, K, C)
         return (v.float() - (f - eps)).square().mean((-3, -1))

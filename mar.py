@@ -31,7 +31,9 @@ class MAR(nn.Module):
         """
         known = self.embed(f.masked_fill(masked[..., None], 0))
         known = known + z_s if self.under else known
-        u = torch.where(masked[..., None], self.mask_token + z_s, known)  # the canvas as a non-uniform mask
+        u = torch.where(
+            masked[..., None], self.mask_token + z_s, known
+        )  # the canvas as a non-uniform mask
         u = u + self.position + self.temporal(z_t)  # (B, N, D)
         *blocks, last = self.blocks
         for block in blocks:
@@ -50,15 +52,21 @@ class Block(nn.Module):
         super().__init__()
         self.grid, self.recompute = grid, False
         self.local = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.local.weight = nn.Parameter(self.local.weight.detach().to(memory_format=torch.channels_last))  # as x lies
+        self.local.weight = nn.Parameter(
+            self.local.weight.detach().to(memory_format=torch.channels_last)
+        )  # as x lies
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x, attend=F.scaled_dot_product_attention, at=None):
         """attend as in `Attention`. at (G, k): the MLP runs, and x (G, k, D) is given back, for these tokens only (see `MAR`)."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, attend, at, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(
+                self._forward, x, attend, at, use_reentrant=False, preserve_rng_state=False
+            )
         return self._forward(x, attend, at)
 
     def _forward(self, x, attend, at):
@@ -79,7 +87,9 @@ class Attention(nn.Module):
 
     def forward(self, x, attend=F.scaled_dot_product_attention):
         """attend(q, k, v), each (B, heads, L, d), gives what the queries read, (B, heads, L, d): who sees whom is its business."""
-        q, k, v = rearrange(self.qkv(x), "b l (three heads d) -> three b heads l d", three=3, heads=self.heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b l (three heads d) -> three b heads l d", three=3, heads=self.heads
+        )
         return self.out(rearrange(attend(q, k, v), "b heads l d -> b l (heads d)"))
 
 

@@ -13,21 +13,21 @@ from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 
-import config  # before torch: it says how threads wait
+from support import config  # before torch: it says how threads wait
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-import data
-import storage
+from support import data
+from support import storage
 import tokenizer as vae
 from canvas import Cache, CanvasMAR, clip_generator
-from config import UserError
+from support.config import UserError
 from diffloss import solve
-from machine import autocast, compiler_in_words, pick_device
+from support.machine import autocast, explain_compiler, pick_device
 from mar import motion_order, random_order, reveal_schedule, take
-from video import read_ending, to_uint8
+from support.video import read_ending, to_uint8
 
 # --------------------------------------------------------------------------------------------------------- the sampler
 
@@ -49,7 +49,9 @@ def generate(model: CanvasMAR, context, opts: config.Sample, seed: int, clips):
     clip draws the same noise whatever S, K and the guidance are. Memory and time per frame do not grow with the length.
     """
     cache, streams = Cache(model.temporal), [clip_generator(seed, int(clip)) for clip in clips]
-    news = torch.cat([model.start.expand(len(streams), 1, -1, -1), context], dim=1)  # (B, 1 + context, N, C)
+    news = torch.cat(
+        [model.start.expand(len(streams), 1, -1, -1), context], dim=1
+    )  # (B, 1 + context, N, C)
     for _ in range(opts.frames - opts.context):
         z_t = model.temporal(news, cache)[:, -1]
         frame = draw_frame(model, z_t, news[:, -1], opts, streams)
@@ -68,7 +70,19 @@ def draw_frame(model, z_t, previous, opts, streams, w=None) -> Frame:
     else:
         read = z_t
         if model.choice:
-            w = choose(model, z_t, to_device([torch.randn(model.cfg.canvas_latent, generator=g) for g in streams], z_t.device), opts) if w is None else w
+            w = (
+                choose(
+                    model,
+                    z_t,
+                    to_device(
+                        [torch.randn(model.cfg.canvas_latent, generator=g) for g in streams],
+                        z_t.device,
+                    ),
+                    opts,
+                )
+                if w is None
+                else w
+            )
             read = z_t + model.choice.enter(w)[:, None]
             z_t = read if model.cfg.choice_tells == "both" else z_t
         z_s, canvas = model.canvas(read, previous)
@@ -77,11 +91,20 @@ def draw_frame(model, z_t, previous, opts, streams, w=None) -> Frame:
 
     weights, z_ts, z_ss = branches(model, z_t, z_s, opts.cfg_temporal, opts.cfg_canvas)
     n = len(weights)
-    f, known, begin, steps = torch.zeros_like(previous), torch.zeros_like(order, dtype=torch.bool), 0, []
+    f, known, begin, steps = (
+        torch.zeros_like(previous),
+        torch.zeros_like(order, dtype=torch.bool),
+        0,
+        [],
+    )
     for end in reveal_schedule(tokens, opts.steps, opts.order):
         at = order[:, begin:end]  # (B, k) the tokens of this step
-        c = model.mar(f.repeat(n, 1, 1), ~known.repeat(n, 1), z_ts, z_ss, at.repeat(n, 1))  # (n*B, k, D), all branches as one batch
-        new = solve(guided(model.head, c, weights), take(eps, at), opts.solver_steps, opts.solver)  # (B, k, C)
+        c = model.mar(
+            f.repeat(n, 1, 1), ~known.repeat(n, 1), z_ts, z_ss, at.repeat(n, 1)
+        )  # (n*B, k, D), all branches as one batch
+        new = solve(
+            guided(model.head, c, weights), take(eps, at), opts.solver_steps, opts.solver
+        )  # (B, k, C)
         f = f.scatter(1, at[..., None].expand_as(new), new)
         known = known.scatter(1, at, True)
         steps.append(f if canvas is None else torch.where(known[..., None], f, canvas))
@@ -93,13 +116,22 @@ def choose(model, z_t, eps, opts):
     """The latent w (B, L) that tells the canvas which future to show, drawn from its prior. z_t (B, N, D), eps (B, L) standard normal."""
     null, scale = model.null.to(z_t.dtype).expand_as(z_t), opts.cfg_choice
     weights, told = zip(*(pair for pair in ((scale, z_t), (1 - scale, null)) if pair[0]))
-    return solve(guided(model.choice.prior, model.choice.read(torch.cat(told)), weights), opts.choice_temperature * eps, opts.choice_steps, opts.solver)
+    return solve(
+        guided(model.choice.prior, model.choice.read(torch.cat(told)), weights),
+        opts.choice_temperature * eps,
+        opts.choice_steps,
+        opts.solver,
+    )
 
 
 def to_device(rows, device):
     """Rows that were drawn on the CPU, for the same numbers on every device, stacked; a GPU does not wait for them."""
     stacked = torch.stack(rows)
-    return stacked.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else stacked.to(device)
+    return (
+        stacked.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else stacked.to(device)
+    )
 
 
 def guidance_weights(w_t: float, w_s: float) -> tuple[float, float, float]:
@@ -123,7 +155,9 @@ def branches(model, z_t, z_s, w_t, w_s):
 
 def guided(head, c, weights):
     """The velocity function of one set of tokens: x (B, k, C), tau -> (B, k, C). c (n*B, k, D), branch after branch."""
-    condition = head.condition(c).unflatten(0, (len(weights), -1))  # (n, B, k, width); tau and x are the same for all n
+    condition = head.condition(c).unflatten(
+        0, (len(weights), -1)
+    )  # (n, B, k, width); tau and x are the same for all n
 
     def velocity(x, tau):
         v = head.velocity(x, x.new_full((1,), tau), condition).float()  # (n, B, k, C)
@@ -135,12 +169,20 @@ def guided(head, c, weights):
 @torch.no_grad()
 def continue_clips(model, tokenizer, context, opts, seed, clips, progress=False):
     """context (B, opts.context, 3, H, W) in [-1, 1] -> (video (B, T, 3, H, W) with the context in front, the first new Frame)."""
-    latents = tokenizer.encode(context) if opts.context else context.new_zeros(len(context), 0, model.tokens, model.channels)
+    latents = (
+        tokenizer.encode(context)
+        if opts.context
+        else context.new_zeros(len(context), 0, model.tokens, model.channels)
+    )
     frames, first, made = generate(model, latents, opts, seed, clips), None, []
-    for frame in tqdm(frames, total=opts.frames - opts.context, desc="frames", unit="frame", disable=not progress):
+    for frame in tqdm(
+        frames, total=opts.frames - opts.context, desc="frames", unit="frame", disable=not progress
+    ):
         first = first or frame
         made.append(frame.latent)
-    at_once = max(1, 2**22 // context.shape[2:].numel() // len(context))  # frames of each clip, so that memory has a bound
+    at_once = max(
+        1, 2**22 // context.shape[2:].numel() // len(context)
+    )  # frames of each clip, so that memory has a bound
     video = [tokenizer.decode(part) for part in torch.stack(made, dim=1).split(at_once, dim=1)]
     return torch.cat([context, *video], dim=1), first
 
@@ -161,18 +203,29 @@ def load_run(path, device) -> tuple[config.Config, CanvasMAR, vae.Tokenizer]:
     UserError if a file is missing, damaged or of another kind.
     """
     file, keys = Path(path), ("config", "vae", "ema")
-    file, stored = storage.newest(file, "", "model", keys) if file.is_dir() else (file, storage.read(file, "model", keys))
+    file, stored = (
+        storage.load_latest(file, "", "model", keys)
+        if file.is_dir()
+        else (file, storage.read(file, "model", keys))
+    )
     if file is None:
         raise UserError(f"{path} holds no latest.pt; is the training still at the tokenizer?")
     cfg = config.from_dict(stored["config"], where=str(file))
     beside = file.parent / "config.yaml"
     if beside.exists():  # where the videos are now, and what to sample, may have been edited since
         now = config.load(beside)
-        cfg = replace(cfg, data=replace(cfg.data, path=now.data.path, test_list=now.data.test_list), sample=now.sample)
+        cfg = replace(
+            cfg,
+            data=replace(cfg.data, path=now.data.path, test_list=now.data.test_list),
+            sample=now.sample,
+        )
         config.check(cfg)
     model = CanvasMAR(cfg)
     storage.load_state(model, stored["ema"], file)
-    model, tokenizer = model.to(device).eval().requires_grad_(False), vae.unpack(stored["vae"], file, device)
+    model, tokenizer = (
+        model.to(device).eval().requires_grad_(False),
+        vae.unpack(stored["vae"], file, device),
+    )
     to_precision(cfg.train.precision, model, tokenizer)
     return cfg, model, tokenizer
 
@@ -193,12 +246,17 @@ def compile_parts(model: CanvasMAR) -> None:
 
         def call(*args):
             torch.compiler.cudagraph_mark_step_begin()
-            with compiler_in_words("leave out --compile"):
-                return compiled(*args).clone()  # the next replay of the graph writes over its output
+            with explain_compiler("leave out --compile"):
+                return compiled(
+                    *args
+                ).clone()  # the next replay of the graph writes over its output
 
         return call
 
-    model.mar.forward, model.head.velocity = graphed(model.mar.forward), graphed(model.head.velocity)
+    model.mar.forward, model.head.velocity = (
+        graphed(model.mar.forward),
+        graphed(model.head.velocity),
+    )
 
 
 # --------------------------------------------------------------------------------------------------- pictures and files
@@ -220,19 +278,31 @@ def figure(rows, titles, labels, path):
             if r == 0 and k < len(titles):
                 ax.set_title(titles[k], fontsize=7, pad=3)
         axes[r][0].set_ylabel(labels[r], fontsize=7, rotation=0, ha="right", va="center")
-    fig.subplots_adjust(left=0.75 / width, right=1 - 0.05 / width, bottom=0.05 / height, top=1 - 0.25 / height, wspace=0.04, hspace=0.04)
+    fig.subplots_adjust(
+        left=0.75 / width,
+        right=1 - 0.05 / width,
+        bottom=0.05 / height,
+        top=1 - 0.25 / height,
+        wspace=0.04,
+        hspace=0.04,
+    )
     fig.savefig(path)
 
 
 def draw_grid(samples, truth, context, path, clips=6, most=16):
     """grid.png: for each of several clips, truth above sample. uint8 (clips, T, H, W, 3); truth may be None. Of a long clip,
     `most` frames spread evenly."""
-    times = np.unique(np.linspace(0, samples.shape[1] - 1, min(most, samples.shape[1])).round().astype(int))
+    times = np.unique(
+        np.linspace(0, samples.shape[1] - 1, min(most, samples.shape[1])).round().astype(int)
+    )
     rows, labels = [], []
     for i in range(min(clips, len(samples))):
         if truth is not None:
             rows.append(list(truth[i, times])), labels.append(f"clip {i} truth")
-        rows.append(list(samples[i, times])), labels.append("sample" if truth is not None else f"clip {i}")
+        (
+            rows.append(list(samples[i, times])),
+            labels.append("sample" if truth is not None else f"clip {i}"),
+        )
     figure(rows, [f"context {t + 1}" if t < context else str(t + 1) for t in times], labels, path)
 
 
@@ -243,7 +313,9 @@ def draw_steps(frame, tokenizer, samples, truth, context, path, clips=4):
     stages = [("canvas", frame.canvas)] if frame.canvas is not None else []
     stages += [(f"step {s + 1}", latent) for s, latent in enumerate(frame.steps)]
     columns = [(f"context {t + 1}", samples[:clips, t]) for t in range(context)]
-    columns += [(name, decode(latent[:clips])) for name, latent in stages] + [("result", samples[:clips, context])]
+    columns += [(name, decode(latent[:clips])) for name, latent in stages] + [
+        ("result", samples[:clips, context])
+    ]
     columns += [("truth", truth[:clips, context])] if truth is not None else []
     rows = [list(row) for row in zip(*[images for _, images in columns])]
     figure(rows, [name for name, _ in columns], [f"clip {i}" for i in range(len(rows))], path)
@@ -265,19 +337,29 @@ def write_mp4(video, path, fps=8, scale=4):
     columns = math.ceil(math.sqrt(len(video)))
     blank = np.zeros_like(video[:1]).repeat(-len(video) % columns, 0)
     tiles = np.concatenate([video, blank])  # (rows * columns, T, H, W, 3)
-    rows = [np.concatenate(list(tiles[i : i + columns]), axis=2) for i in range(0, len(tiles), columns)]
+    rows = [
+        np.concatenate(list(tiles[i : i + columns]), axis=2) for i in range(0, len(tiles), columns)
+    ]
     movie = np.concatenate(rows, axis=1).repeat(scale, 1).repeat(scale, 2)  # (T, H, W, 3)
-    with av.open(os.path.abspath(f"{path}.tmp"), "w", format="mp4") as container:  # not the name of a protocol
+    with av.open(
+        os.path.abspath(f"{path}.tmp"), "w", format="mp4"
+    ) as container:  # not the name of a protocol
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16"})
         stream.height, stream.width, stream.pix_fmt = movie.shape[1], movie.shape[2], "yuv420p"
         for image in movie:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                )
+            )
         container.mux(stream.encode())
     os.replace(f"{path}.tmp", path)
     return True
 
 
-def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, device, progress=True):
+def write_samples(
+    out, cfg, model, tokenizer, videos, has_truth, seed, batch, device, progress=True
+):
     """Continue each clip of `videos` (clips, >= context, 3, H, W), write the four files into `out`.
 
     Returns the names of those that were written.
@@ -288,12 +370,16 @@ def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, de
         for begin in range(0, len(videos), batch):
             part = videos[begin : begin + batch]
             clips = range(begin, begin + len(part))
-            video, frame = continue_clips(model, tokenizer, part[:, : opts.context].to(device), opts, seed, clips, progress)
+            video, frame = continue_clips(
+                model, tokenizer, part[:, : opts.context].to(device), opts, seed, clips, progress
+            )
             samples.append(to_uint8(video))
             first = first or frame
         samples = np.concatenate(samples)
         truth = to_uint8(videos) if has_truth else None
-        arrays = {"samples": samples, "context": np.array(opts.context)} | ({"truth": truth} if has_truth else {})
+        arrays = {"samples": samples, "context": np.array(opts.context)} | (
+            {"truth": truth} if has_truth else {}
+        )
         with open(out / "samples.npz.tmp", "wb") as file:
             np.savez_compressed(file, **arrays)
         os.replace(out / "samples.npz.tmp", out / "samples.npz")
@@ -308,14 +394,24 @@ def write_samples(out, cfg, model, tokenizer, videos, has_truth, seed, batch, de
 
 def add_options(parser, skip=()):
     """The keys of the `sample` section as command line options, and --seed."""
-    parser.add_argument("--seed", type=int, help="another seed gives other futures (default: the run's)")
+    parser.add_argument(
+        "--seed", type=int, help="another seed gives other futures (default: the run's)"
+    )
     for f in fields(config.Sample):
         if f.name not in skip:
-            parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"as sample.{f.name} in config.yaml")
+            parser.add_argument(
+                f"--{f.name.replace('_', '-')}",
+                type=f.type,
+                help=f"as sample.{f.name} in config.yaml",
+            )
 
 
 def add_compile(parser):
-    parser.add_argument("--compile", action="store_true", help="torch.compile, on a GPU with CUDA graphs: once for each of the S steps and each size of a batch")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile, on a GPU with CUDA graphs: once for each of the S steps and each size of a batch",
+    )
 
 
 def apply_options(cfg: config.Config, args) -> tuple[config.Config, int]:
@@ -334,9 +430,15 @@ def main():
     """The command line. Raises UserError for bad options, checkpoints and videos."""
     parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, help="a run folder, or one of its .pt files")
-    parser.add_argument("--out", help="folder for the results (default: samples/ in the run folder)")
-    parser.add_argument("--video", help="continue the end of this video instead of clips of the test split")
-    parser.add_argument("--batch", type=int, default=64, help="clips generated at once; does not change them")
+    parser.add_argument(
+        "--out", help="folder for the results (default: samples/ in the run folder)"
+    )
+    parser.add_argument(
+        "--video", help="continue the end of this video instead of clips of the test split"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, help="clips generated at once; does not change them"
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add_options(parser), add_compile(parser)
     args = parser.parse_args()
@@ -352,8 +454,10 @@ def main():
         context = read_ending(args.video, size, opts.context, cfg.data.stride)
         videos = context.expand(opts.clips, -1, -1, -1, -1)
     else:
-        source = data.open_source(cfg.data, cfg.seed, "test", opts.frames, run_folder(args.ckpt) / "index.json")
-        videos = torch.stack([source.clip(i) for i in data.spread(source, opts.clips)])
+        source = data.open_source(
+            cfg.data, cfg.seed, "test", opts.frames, run_folder(args.ckpt) / "index.json"
+        )
+        videos = torch.stack([source.clip(i) for i in data.evenly_spaced(source, opts.clips)])
     out = storage.make_folder(args.out or run_folder(args.ckpt) / "samples")
     truth = not args.video
     names = write_samples(out, cfg, model, tokenizer, videos, truth, seed, args.batch, device)
@@ -361,4 +465,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.cli(main)
+    config.run_main(main)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-import config
-import storage
-from config import UserError
+from support import config
+from support import storage
+from support.config import UserError
 
 
 class Tokenizer(nn.Module):
@@ -25,13 +25,25 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.cfg, levels = cfg, int(math.log2(cfg.stride))
         widths = [min(cfg.width * 2**i, 8 * cfg.width) for i in range(levels)]
-        encoder = [nn.PixelUnshuffle(2), nn.Conv2d(12, widths[0], 3, padding=1), Residual(widths[0])]
+        encoder = [
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(12, widths[0], 3, padding=1),
+            Residual(widths[0]),
+        ]
         for before, after in zip(widths, widths[1:]):
             encoder += [nn.Conv2d(before, after, 4, stride=2, padding=1), Residual(after)]
         encoder += [Residual(widths[-1]), *_out(widths[-1], 2 * cfg.channels)]
-        decoder = [nn.Conv2d(cfg.channels, widths[-1], 3, padding=1), Residual(widths[-1]), Residual(widths[-1])]
+        decoder = [
+            nn.Conv2d(cfg.channels, widths[-1], 3, padding=1),
+            Residual(widths[-1]),
+            Residual(widths[-1]),
+        ]
         for before, after in zip(widths[::-1], widths[-2::-1]):
-            decoder += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1), Residual(after)]
+            decoder += [
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(before, after, 3, padding=1),
+                Residual(after),
+            ]
         decoder += [Residual(widths[0]), *_out(widths[0], 12), nn.PixelShuffle(2)]
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
         self.register_buffer("mean", torch.zeros(cfg.channels, 1, 1))
@@ -72,7 +84,13 @@ class Tokenizer(nn.Module):
         sums = torch.zeros(3, self.cfg.channels, dtype=torch.float64)
         for x in batches:
             mean = self.posterior(x.flatten(0, 1))[0].cpu().double()
-            sums += torch.stack([mean.sum((0, 2, 3)), (mean**2).sum((0, 2, 3)), torch.full((len(self.mean),), mean[:, 0].numel())])
+            sums += torch.stack(
+                [
+                    mean.sum((0, 2, 3)),
+                    (mean**2).sum((0, 2, 3)),
+                    torch.full((len(self.mean),), mean[:, 0].numel()),
+                ]
+            )
         mean = sums[0] / sums[2]
         std = (sums[1] / sums[2] - mean**2).clamp(min=1e-12).sqrt()
         self.mean.copy_(mean[:, None, None].float())
@@ -109,7 +127,9 @@ def load(path, device="cpu", expect: config.Tokenizer | None = None) -> Tokenize
     tokenizer = unpack(storage.read(path, "tokenizer", ("config", "state")), path, device)
     for key in ("stride", "channels", "width") if expect else ():
         if getattr(tokenizer.cfg, key) != getattr(expect, key):
-            raise UserError(f"{path} has tokenizer.{key}={getattr(tokenizer.cfg, key)}, the configuration says {getattr(expect, key)}")
+            raise UserError(
+                f"{path} has tokenizer.{key}={getattr(tokenizer.cfg, key)}, the configuration says {getattr(expect, key)}"
+            )
     return tokenizer
 
 
@@ -124,6 +144,6 @@ def unpack(stored: dict, path, device="cpu") -> Tokenizer:
         settings, state = stored["config"], stored["state"]
     except (TypeError, LookupError):
         raise UserError(f"{path} holds no whole tokenizer") from None
-    tokenizer = Tokenizer(config.fill(config.Tokenizer, settings, "tokenizer.", str(path)))
+    tokenizer = Tokenizer(config.build(config.Tokenizer, settings, "tokenizer.", str(path)))
     storage.load_state(tokenizer, state, path)
     return tokenizer.to(device).eval().requires_grad_(False)

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: with models this small more threads only wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: with models this small more threads only wait for each other
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -16,9 +18,9 @@ from hypothesis import settings  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config  # noqa: E402
+from support import config  # noqa: E402
 import sample  # noqa: E402
-import storage  # noqa: E402
+from support import storage  # noqa: E402
 import train as train_script  # noqa: E402
 from canvas import CanvasMAR  # noqa: E402
 
@@ -26,12 +28,35 @@ settings.register_profile("default", deadline=None, max_examples=25, derandomize
 settings.load_profile("default")
 
 TINY = [
-    "data.size=32", "data.frames=3", "data.train_clips=50", "tokenizer.stride=8", "tokenizer.channels=2", "tokenizer.width=4",
-    "tokenizer.steps=3", "tokenizer.batch=2", "model.width=16", "model.heads=2", "model.temporal_depth=2", "model.canvas_depth=1",
-    "model.mar_depth=1", "model.head_width=16", "model.head_depth=1", "model.window=2", "train.steps=4", "train.batch=2",
-    "train.save_every=2", "train.preview_every=1000", "train.precision=fp32", "train.compile=false", "device=cpu",
-    "sample.frames=4", "sample.context=2", "sample.clips=2", "sample.steps=2", "sample.solver_steps=2",
-]  # fmt: skip
+    "data.size=32",
+    "data.frames=3",
+    "data.train_clips=50",
+    "tokenizer.stride=8",
+    "tokenizer.channels=2",
+    "tokenizer.width=4",
+    "tokenizer.steps=3",
+    "tokenizer.batch=2",
+    "model.width=16",
+    "model.heads=2",
+    "model.temporal_depth=2",
+    "model.canvas_depth=1",
+    "model.mar_depth=1",
+    "model.head_width=16",
+    "model.head_depth=1",
+    "model.window=2",
+    "train.steps=4",
+    "train.batch=2",
+    "train.save_every=2",
+    "train.preview_every=1000",
+    "train.precision=fp32",
+    "train.compile=false",
+    "device=cpu",
+    "sample.frames=4",
+    "sample.context=2",
+    "sample.clips=2",
+    "sample.steps=2",
+    "sample.solver_steps=2",
+]
 
 
 def pytest_configure(config):
@@ -59,8 +84,15 @@ def tiny_model(*overrides) -> CanvasMAR:
 
 def launch(*command, own_group=False, **env):
     """Start a script of the project in the background."""
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            start_new_session=own_group, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env})  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=own_group,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env},
+    )
 
 
 def script(*command, expect=0, **env):
@@ -105,14 +137,17 @@ def here(monkeypatch, capsys, tmp_path):
     def unheard(number, _):
         pytest.fail(f"nobody listens to signal {number}")
 
-    before = {number: signal.signal(number, unheard) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.signal(number, unheard)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
     def run(*command, seconds=60):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, command)])
         with within_seconds(seconds), pytest.raises(SystemExit) as stop:
-            config.cli(train_script.main)
+            config.run_main(train_script.main)
         return stop.value.code or 0, capsys.readouterr().err
 
     yield run
@@ -142,12 +177,28 @@ class StandIn(torch.nn.Module):
         super().__init__()
         self.width = width
 
-    def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
+    def forward(
+        self, x, rescale: bool = False, resize: bool = False, return_features: bool = False
+    ):
         assert x.shape[1] == 3 and x.shape[2] >= 9, "kernel larger than input"
-        seen = [x.amax([1, 2, 3, 4]), x[:, 0].mean([1, 2, 3]), x[:, :, 0].mean([1, 2, 3]), x[:, :, :, 0].mean([1, 2, 3])]
-        said = [float(x.shape[2]), float(x.shape[3]), float(x.shape[4]), float(rescale), float(resize), float(return_features)]
+        seen = [
+            x.amax([1, 2, 3, 4]),
+            x[:, 0].mean([1, 2, 3]),
+            x[:, :, 0].mean([1, 2, 3]),
+            x[:, :, :, 0].mean([1, 2, 3]),
+        ]
+        said = [
+            float(x.shape[2]),
+            float(x.shape[3]),
+            float(x.shape[4]),
+            float(rescale),
+            float(resize),
+            float(return_features),
+        ]
         rest = torch.stack([torch.full_like(seen[0], v) for v in said], 1)
-        return torch.cat([torch.stack(seen, 1), rest, x[:, :, :3, :5, :5].flatten(1).repeat(1, 2)], 1)[:, : self.width]
+        return torch.cat(
+            [torch.stack(seen, 1), rest, x[:, :, :3, :5, :5].flatten(1).repeat(1, 2)], 1
+        )[:, : self.width]
 
 
 def stand_in(path, width=400) -> Path:

@@ -38,7 +38,7 @@ def entry(*tensors) -> list:
 def measure() -> dict:
     """{name: entry} of the code in the working directory, on one thread."""
     sys.path.insert(0, str(Path.cwd()))
-    import config
+    from support import config
     import torch
     from canvas import CanvasMAR, clip_generator
     from sample import generate, load_run
@@ -56,7 +56,9 @@ def measure() -> dict:
         loss.backward()
         frames = list(generate(model.eval(), f[:, : cfg.sample.context], cfg.sample, 0, [0, 1]))
         found[f"{arm}: loss"] = entry(loss)
-        found[f"{arm}: gradients"] = entry(*[p.grad for _, p in sorted(model.named_parameters()) if p.grad is not None])
+        found[f"{arm}: gradients"] = entry(
+            *[p.grad for _, p in sorted(model.named_parameters()) if p.grad is not None]
+        )
         found[f"{arm}: samples"] = entry(*[frame.latent for frame in frames])
         found[f"{arm}: steps"] = entry(*[step for frame in frames for step in frame.steps])
         if cfg.model.canvas:
@@ -66,7 +68,11 @@ def measure() -> dict:
         subprocess.run(run, check=True, capture_output=True)
         _, model, tokenizer = load_run(f"{folder}/run", torch.device("cpu"))
         state = torch.load(f"{folder}/run/latest.pt", weights_only=True)
-    for name, tensors in (("weights", state["net"]), ("average", state["ema"]), ("tokenizer", tokenizer.state_dict())):
+    for name, tensors in (
+        ("weights", state["net"]),
+        ("average", state["ema"]),
+        ("tokenizer", tokenizer.state_dict()),
+    ):
         found[f"training: {name}"] = entry(*[tensors[key] for key in sorted(tensors)])
     return found
 
@@ -75,10 +81,15 @@ def main():
     mine = measure()
     if len(sys.argv) < 2:
         return print(json.dumps(mine, indent=1))
-    out = subprocess.run([sys.executable, Path(__file__).resolve()], cwd=sys.argv[1], check=True, capture_output=True).stdout
+    out = subprocess.run(
+        [sys.executable, Path(__file__).resolve()], cwd=sys.argv[1], check=True, capture_output=True
+    ).stdout
     other = json.loads(out)
     differ = [name for name in mine if mine[name] != other.get(name)]
-    print(f"{len(mine) - len(differ)} of {len(mine)} equal" + "".join(f"\n{n}: {mine[n]} here, {other.get(n)} there" for n in differ))
+    print(
+        f"{len(mine) - len(differ)} of {len(mine)} equal"
+        + "".join(f"\n{n}: {mine[n]} here, {other.get(n)} there" for n in differ)
+    )
     sys.exit(bool(differ))
 
 

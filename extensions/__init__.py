@@ -1,0 +1,1 @@
+"""Steps beyond the paper, a file each."""

@@ -1,0 +1,1 @@
+"""Evidence, figures and measurements: python -m studies.NAME."""

@@ -1,0 +1,296 @@
+"""The temporal transformer, the canvas, the noise on it, dropping, and the joint loss."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from canvas import Cache, clip_generator, perturb, validate
+
+
+def clips(model, batch=2, frames=5, seed=0):
+    return torch.randn(
+        batch, frames, model.tokens, model.channels, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def generators(n, seed=0):
+    return [clip_generator(seed, i) for i in range(n)]
+
+
+@settings(max_examples=12)
+@given(st.integers(2, 7), st.integers(1, 4), st.data())
+def test_a_frame_changes_no_earlier_z_t_and_some_later_one(frames, window, draw):
+    model = tiny_model(f"model.window={window}", "data.frames=9")
+    p, j = clips(model, 1, frames), draw.draw(st.integers(0, frames - 1))
+    moved = p.clone()
+    moved[:, j] += torch.randn_like(moved[:, j])
+    change = (model.temporal(moved) - model.temporal(p)).abs().amax((0, 2, 3))
+    assert (change[:j] == 0).all() and change[
+        j
+    ] > 1e-3  # position j holds p_j, the frame before frame j + 1
+
+
+def test_frame_j_of_the_clip_reaches_the_loss_of_later_frames_only():
+    model = tiny_model()
+    f = clips(model, 1)
+    shifted = lambda f: torch.cat([model.start.expand(1, 1, -1, -1), f[:, :-1]], 1)
+    moved = f.clone()
+    moved[:, 2] += 1
+    change = (model.temporal(shifted(moved)) - model.temporal(shifted(f))).abs().amax((0, 2, 3))
+    assert (change[:3] == 0).all() and change[3] > 1e-3
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 9), st.integers(1, 4), st.data())
+def test_cached_frames_equal_full_attention_in_any_portions_also_past_the_window(
+    frames, window, draw
+):
+    model = tiny_model(f"model.window={window}", "data.frames=9")
+    p, cache, parts = clips(model, 2, frames), Cache(model.temporal), []
+    with torch.no_grad():
+        while cache.index < frames:
+            portion = draw.draw(st.integers(1, frames - cache.index))
+            parts.append(model.temporal(p[:, cache.index : cache.index + portion], cache))
+        torch.testing.assert_close(torch.cat(parts, dim=1), model.temporal(p), atol=1e-5, rtol=1e-5)
+    assert all(
+        ring.shape[-2] == window * model.tokens for ring in cache.rings
+    )  # whatever the number of frames
+
+
+@given(st.integers(1, 6), st.integers(0, 6))
+def test_velocities_are_differences_of_frames_and_the_start_has_none(frames, first):
+    model, seen = tiny_model(), []
+    model.temporal.enter.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    p = clips(model, 2, first + frames)
+    with torch.no_grad():
+        cache = Cache(model.temporal)
+        for part in (p[:, :first], p[:, first:]) if first else (p,):
+            model.temporal(part, cache)
+    value, velocity = torch.cat(seen, dim=1).chunk(2, dim=-1)
+    assert (
+        torch.equal(value, p)
+        and (velocity[:, :2] == 0).all()
+        and torch.equal(velocity[:, 2:], p[:, 2:] - p[:, 1:-1])
+    )
+
+
+@given(st.floats(0, 3))
+def test_noise_of_level_s_has_standard_deviation_s(level):
+    g = torch.Generator().manual_seed(0)
+    z_s, noise = torch.randn(2, 3, 50, 40, generator=g), torch.randn(2, 3, 50, 40, generator=g)
+    noisy = perturb(z_s, torch.full((2, 3), level), noise)
+    if level == 0:
+        assert torch.equal(noisy, z_s)
+    assert abs((noisy - z_s).std() - level) <= 0.02 * level + 1e-6
+
+
+def test_the_canvas_has_unit_variance_whatever_its_weights():
+    model = tiny_model()
+    z_s, f_hat = model.canvas(7 * torch.randn(2, 3, model.tokens, 16), clips(model, 2, 3))
+    assert f_hat.shape == (2, 3, model.tokens, model.channels)
+    torch.testing.assert_close(
+        z_s.var(-1, unbiased=False), torch.ones(2, 3, model.tokens), atol=1e-3, rtol=0
+    )
+
+
+@settings(max_examples=5)
+@given(st.floats(0.05, 0.95), st.floats(0.05, 0.95), st.integers(0, 1000))
+def test_clips_lose_each_condition_at_its_rate_and_independently(p_t, p_s, seed):
+    model = tiny_model(f"model.drop_temporal={p_t}", f"model.drop_canvas={p_s}")
+    draws = model.draw([clip_generator(seed, i) for i in range(1200)], 2)
+    t, s = draws.drop_temporal.float(), draws.drop_canvas.float()
+    assert abs(t.mean() - p_t) < 0.06 and abs(s.mean() - p_s) < 0.06
+    assert abs((t * s).mean() - p_t * p_s) < 0.06
+
+
+@pytest.mark.parametrize("probability", [0, 1])
+def test_dropping_never_and_always(probability):
+    model = tiny_model(f"model.drop_temporal={probability}", f"model.drop_canvas={probability}")
+    draws = model.draw(generators(20), 3)
+    assert (draws.drop_temporal == bool(probability)).all() and (
+        draws.drop_canvas == bool(probability)
+    ).all()
+
+
+def test_draws_of_a_clip_do_not_depend_on_its_neighbours():
+    model = tiny_model()
+    many, one = model.draw(generators(3), 4), model.draw([clip_generator(0, 2)], 4)
+    for name in vars(many):
+        assert torch.equal(getattr(many, name)[2:], getattr(one, name)), name
+
+
+def test_noise_levels_and_masks_keep_to_their_ranges():
+    model = tiny_model("model.canvas_noise=0.7")
+    draws = model.draw(generators(200), 4)
+    assert 0 <= draws.sigma.min() and 0.6 < draws.sigma.max() < 0.7
+    share = draws.masked.shape[1] / (4 * model.tokens)
+    assert abs(share - 2 / torch.pi) < 0.02
+
+
+@settings(max_examples=8)
+@given(st.booleans(), st.integers(0, 1000))
+def test_loss_on_masked_tokens_equals_the_head_on_all_tokens_with_the_loss_masked(canvas, seed):
+    model = tiny_model(
+        f"model.canvas={str(canvas).lower()}", "model.drop_temporal=0", "model.drop_canvas=0"
+    )
+    f, draws = clips(model, seed=seed), model.draw(generators(2, seed), 5)
+    loss, logs = model(f, draws)
+
+    p = torch.cat([model.start.expand(2, 1, -1, -1), f[:, :-1] + draws.past], 1)
+    z_t = model.temporal(p)
+    z_s, f_hat = model.canvas(z_t, p) if canvas else (torch.zeros_like(z_t), f)
+    z_s = model.seen(z_s, f_hat, draws.sigma, draws.noise) if canvas else z_s
+    masked = torch.zeros(2, 5 * model.tokens, dtype=torch.bool).scatter(1, draws.masked, True)
+    everywhere = torch.arange(5 * model.tokens).expand(2, -1)
+    c = model.mar(
+        f.flatten(0, 1), masked.view(10, -1), z_t.flatten(0, 1), z_s.flatten(0, 1), everywhere
+    )
+    place = draws.masked[:, None, :].expand_as(draws.tau)
+    tau = torch.zeros(2, model.cfg.diffusion_repeat, 5 * model.tokens).scatter(2, place, draws.tau)
+    eps = torch.zeros(*tau.shape, model.channels).scatter(
+        2, place[..., None].expand_as(draws.eps), draws.eps
+    )
+    each = model.head.loss(f.flatten(1, 2), c, tau, eps)
+    expected = each[masked].mean() + model.cfg.canvas_weight * (f_hat - f).square().mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logs["diffusion"], each[masked].mean())
+
+
+def test_dropped_conditions_do_not_reach_the_diffusion_loss():
+    model = tiny_model()
+    f, draws = clips(model), model.draw(generators(2), 5)
+    both = replace(
+        draws,
+        drop_temporal=torch.ones(2, dtype=torch.bool),
+        drop_canvas=torch.ones(2, dtype=torch.bool),
+    )
+    before = model(f, both)[1]["diffusion"]
+    model.temporal.position.data += 1  # changes z_t and z_s
+    assert torch.equal(model(f, both)[1]["diffusion"], before)
+    assert not torch.equal(model(f, draws.undropped())[1]["diffusion"], before)
+
+
+def test_noise_on_the_past_is_on_what_is_looked_back_at_only_and_never_in_sampling():
+    clean, noisy, seen = tiny_model("model.past_noise=0"), tiny_model("model.past_noise=0.5"), []
+    f, draws, others = clips(noisy), noisy.draw(generators(2), 5), clean.draw(generators(2), 5)
+    assert all(
+        torch.equal(getattr(draws, name), getattr(others, name))
+        for name in vars(draws)
+        if name != "past"
+    )
+    for part in (noisy.temporal, noisy.canvas, noisy.mar):
+        part.register_forward_pre_hook(lambda _, given: seen.append(given))
+    noisy(f, draws)
+    (past,), (_, before), (known, *_) = seen
+    assert (
+        torch.equal(past, before)
+        and torch.equal(past[:, 1:], f[:, :-1] + draws.past)
+        and torch.equal(known, f.flatten(0, 1))
+    )
+    assert torch.equal(
+        past[:, :1], noisy.start.expand(2, 1, -1, -1)
+    )  # of the start there is no doubt
+    level = noisy.draw(generators(200), 5).past.std((2, 3))
+    assert 0.4 < level.max() < 0.65 and level.min() < 0.02 and abs(level.mean() - 0.25) < 0.03
+    assert torch.equal(noisy(f, draws.undropped())[0], clean(f, others.undropped())[0])
+
+
+def test_every_parameter_learns():
+    model = tiny_model().train()
+    draws = model.draw(generators(8), 5)
+    draws.drop_temporal[:4], draws.drop_temporal[4:] = True, False
+    draws.drop_canvas[:] = False
+    model(clips(model, 8), draws)[0].backward()
+    assert [
+        n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ] == []
+
+
+def test_the_baseline_is_the_model_with_its_canvas_always_dropped():
+    with_canvas, baseline = tiny_model("model.drop_canvas=1"), tiny_model("model.canvas=false")
+    assert baseline.canvas is None
+    state = {k: v for k, v in with_canvas.state_dict().items() if not k.startswith("canvas.")}
+    baseline.load_state_dict(state)
+    f, draws = clips(baseline), with_canvas.draw(generators(2), 5)
+    assert torch.equal(with_canvas(f, draws)[1]["diffusion"], baseline(f, draws)[1]["diffusion"])
+
+
+def test_the_features_of_the_canvas_or_its_picture_are_seen_noisy_in_training_and_clean_in_sampling():
+    g = torch.Generator().manual_seed(0)
+    z_s, f_hat = torch.randn(2, 3, 16, 16, generator=g), torch.randn(2, 3, 16, 2, generator=g)
+    sigma, noise = torch.rand(2, 3, generator=g), torch.randn(2, 3, 16, 16, generator=g)
+    features, picture = (
+        tiny_model("model.canvas_as=features"),
+        tiny_model("model.canvas_as=picture"),
+    )
+    assert torch.equal(features.seen(z_s, f_hat), z_s) and torch.equal(
+        features.seen(z_s, f_hat, sigma, noise), perturb(z_s, sigma, noise)
+    )
+    assert torch.equal(picture.seen(z_s, f_hat), picture.mar.embed(f_hat))
+    noisy = f_hat + sigma[..., None, None] * noise[..., :2]  # in standard deviations of the latents
+    assert torch.equal(picture.seen(z_s, f_hat, sigma, noise), picture.mar.embed(noisy))
+
+
+@pytest.mark.parametrize("kind", ["features", "picture"])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_stopped_gradient_leaves_the_canvas_to_its_own_loss(kind, stopped):
+    losses = {}
+    for weight in (0, 1):
+        model = tiny_model(
+            f"model.canvas_as={kind}",
+            f"model.canvas_gradient={not stopped}".lower(),
+            f"model.canvas_weight={weight}",
+        )
+        f, draws = clips(model), model.draw(generators(2), 5)
+        model(f, draws.undropped())[0].backward()
+        losses[weight] = model.canvas.embed.weight.grad
+    assert (not losses[0].any()) == stopped and losses[
+        1
+    ].any()  # with a weight of 0 its own loss gives none
+    p = torch.cat([model.start.expand(2, 1, -1, -1), f[:, :-1]], 1)
+    model.zero_grad()
+    (model.canvas(model.temporal(p), p)[1] - f).square().mean().backward()
+    assert (
+        torch.allclose(model.canvas.embed.weight.grad, losses[1], rtol=1e-4, atol=1e-7) == stopped
+    )
+
+
+@given(st.integers(0, 100))
+def test_a_canvas_that_is_a_change_begins_as_the_frame_before(seed):
+    frame, change = tiny_model("model.canvas_change=false"), tiny_model("model.canvas_change=true")
+    p, z_t = clips(frame, seed=seed), torch.randn(2, 5, frame.tokens, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(change.canvas(z_t, p)[1], frame.canvas(z_t, p)[1] + p)
+        change.canvas.leave.weight.zero_(), change.canvas.leave.bias.zero_()
+        assert torch.equal(change.canvas(z_t, p)[1], p)
+
+
+@pytest.mark.parametrize("under", [False, True])
+def test_known_tokens_show_the_canvas_only_where_that_is_wanted(under):
+    model = tiny_model(f"model.canvas_under={under}".lower())
+    g = torch.Generator().manual_seed(0)
+    f, z_t, z_s = (
+        torch.randn(1, model.tokens, width, generator=g) for width in (model.channels, 16, 16)
+    )
+    masked, everywhere = torch.arange(model.tokens)[None] < 6, torch.arange(model.tokens)[None]
+    with torch.no_grad():
+        before = model.mar(f, masked, z_t, z_s, everywhere)
+        assert (
+            torch.equal(model.mar(f, masked, z_t, z_s + ~masked[..., None], everywhere), before)
+            != under
+        )
+        assert not torch.equal(
+            model.mar(f, masked, z_t, z_s + masked[..., None], everywhere), before
+        )
+
+
+def test_validate_is_repeatable_and_reports_every_ratio():
+    model = tiny_model()
+    first, again = (validate(model, clips(model, 3), seed=5) for _ in range(2))
+    assert first == again and {"diffusion@0.1", "diffusion@1.0", "canvas", "copy"} <= first.keys()
+    f = clips(model, 3)
+    assert abs(first["copy"] - (f[:, 1:] - f[:, :-1]).square().mean().item()) < 1e-6

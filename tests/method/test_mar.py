@@ -1,0 +1,157 @@
+"""Which tokens are masked, when each is drawn, and the masked transformer."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mar import (
+    Attention,
+    choose_masked,
+    mask_ratio,
+    masked_count,
+    motion_order,
+    random_order,
+    reveal_schedule,
+    rotate,
+)
+
+
+@given(st.integers(1, 300), st.data(), st.sampled_from(["random", "motion"]))
+def test_schedule_reveals_each_token_once_and_at_least_one_a_step(tokens, draw, order):
+    steps = draw.draw(st.integers(1, tokens))
+    known = [0, *reveal_schedule(tokens, steps, order)]
+    assert len(known) == steps + 1 and known[-1] == tokens
+    assert all(b - a >= 1 for a, b in zip(known, known[1:]))
+
+
+@given(st.integers(40, 300), st.integers(2, 8))
+def test_schedules_lean_the_way_their_order_needs(tokens, steps):
+    random, motion = (reveal_schedule(tokens, steps, order) for order in ("random", "motion"))
+    assert random[0] < tokens / steps < motion[0]  # few tokens first; many still tokens first
+    assert tokens - random[-2] > tokens / steps > tokens - motion[-2]
+
+
+@given(st.integers(1, 4), st.integers(1, 60), st.integers(0, 2**31))
+def test_orders_are_permutations(batch, tokens, seed):
+    g = torch.Generator().manual_seed(seed)
+    noise, canvas, previous = (
+        torch.rand(batch, tokens, generator=g),
+        *torch.randn(2, batch, tokens, 3, generator=g),
+    )
+    for order in (random_order(noise), motion_order(canvas, previous, noise)):
+        assert torch.equal(order.sort(-1).values, torch.arange(tokens).expand(batch, -1))
+
+
+def test_motion_order_begins_where_the_canvas_says_nothing_moves():
+    previous, canvas = torch.zeros(1, 20, 3), torch.zeros(1, 20, 3)
+    canvas[0, 5:10] = torch.arange(5, 10)[:, None].float()  # five tokens move, the rest are still
+    order = motion_order(canvas, previous, torch.rand(1, 20), mix=0.0)[0].tolist()
+    assert order[-5:] == [5, 6, 7, 8, 9]
+
+
+@given(st.integers(1, 12), st.integers(4, 64), st.integers(0, 2**31))
+def test_masked_tokens_have_the_exact_count_and_about_the_ratio(frames, tokens, seed):
+    g = torch.Generator().manual_seed(seed)
+    u, order = torch.rand(2, frames, generator=g), torch.rand(2, frames, generator=g).argsort(-1)
+    ratio = mask_ratio((order + u) / frames)
+    rank, count = (
+        torch.rand(2, frames, tokens, generator=g).argsort(-1),
+        masked_count(frames, tokens),
+    )
+    chosen = choose_masked(ratio, rank, count)
+    assert chosen.shape == (2, count) and all(len(set(row)) == count for row in chosen.tolist())
+    masked = torch.zeros(2, frames * tokens).scatter(1, chosen, 1.0).view(2, frames, tokens)
+    shift = (masked.mean(-1) - ratio).abs()
+    assert (
+        shift.max() <= math.pi / 2 / frames + 1.5 / tokens
+    )  # the common shift that makes the count exact is small
+    last = torch.where(masked.bool(), rank, -1).amax(-1)
+    assert (
+        last < torch.where(masked.bool(), tokens, rank).amin(-1)
+    ).all()  # within a frame, the first of its random order are masked
+
+
+@pytest.mark.parametrize("frames, least", [(2, 4 / math.pi - 1), (3, 0), (6, 0)])
+def test_from_three_frames_on_a_frame_can_be_trained_with_nothing_masked(frames, least):
+    ratio, rank = torch.ones(1, frames), torch.rand(1, frames, 100).argsort(-1)
+    ratio[:, 0] = 0
+    chosen = choose_masked(ratio, rank, masked_count(frames, 100))
+    assert (chosen < 100).sum().item() == round(100 * least)
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_mask_ratio_is_monotone_and_exact_at_both_ends(a, b):
+    low, high = sorted((a, b))
+    assert (
+        0 - 1e-6
+        <= mask_ratio(torch.tensor(high))
+        <= mask_ratio(torch.tensor(low)) + 1e-6
+        <= 1 + 2e-6
+    )
+    assert mask_ratio(torch.tensor(0.0)) == 1 and abs(mask_ratio(torch.tensor(1.0))) < 1e-6
+
+
+def test_hidden_tokens_are_hidden_and_known_tokens_reach_every_other():
+    model = tiny_model()
+    n, width = model.tokens, model.cfg.width
+    f, z_t, z_s = (
+        torch.randn(1, n, model.channels),
+        torch.randn(1, n, width),
+        torch.randn(1, n, width),
+    )
+    masked = torch.arange(n)[None] < n // 2
+    at = torch.arange(n)[None]
+    c = model.mar(f, masked, z_t, z_s, at)
+    hidden, seen = f.clone(), f.clone()
+    hidden[0, 0] += 1
+    seen[0, -1] += 1
+    assert torch.equal(model.mar(hidden, masked, z_t, z_s, at), c)
+    assert ((model.mar(seen, masked, z_t, z_s, at) - c).abs().amax(-1) > 1e-6).all()
+    moved = z_s.clone()
+    moved[0, -1] += 1  # the canvas of a known token is not looked at either
+    assert torch.equal(model.mar(f, masked, z_t, moved, at), c)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.data())
+def test_tokens_asked_for_are_those_of_all(groups, frames, draw):
+    model = tiny_model("model.mar_depth=2")
+    n, batch = model.tokens, groups * frames
+    f, z_t, z_s = torch.randn(batch, n, model.channels), *torch.randn(2, batch, n, model.cfg.width)
+    masked, at = (
+        torch.rand(batch, n) < 0.5,
+        torch.rand(groups, frames * n).argsort(-1)[:, : draw.draw(st.integers(1, frames * n))],
+    )
+    everything = model.mar(f, masked, z_t, z_s, torch.arange(n).expand(batch, -1)).view(
+        groups, frames * n, -1
+    )
+    torch.testing.assert_close(
+        model.mar(f, masked, z_t, z_s, at), everything[torch.arange(groups)[:, None], at]
+    )
+
+
+@given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 2**31))
+def test_rotary_scores_depend_on_the_difference_of_positions_only(position, shift, seed):
+    g = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 1, 8, generator=g, dtype=torch.float32)
+    rate = torch.tensor([1.0, 0.3, 0.1, 0.03])
+    score = lambda a, b: (rotate(q, a * rate[None]) * rotate(k, b * rate[None])).sum()
+    assert torch.allclose(score(position, 3), score(position + shift, 3 + shift), atol=1e-3)
+
+
+def test_attention_equals_the_textbook_formula():
+    torch.manual_seed(0)
+    attention, x = Attention(12, 3), torch.randn(2, 5, 12)
+    mask = torch.rand(5, 5) < 0.7
+    mask.fill_diagonal_(True)
+    q, k, v = attention.qkv(x).view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.mT / 2).masked_fill(~mask, -torch.inf).softmax(-1)
+    expected = attention.out((scores @ v).transpose(1, 2).reshape(2, 5, 12))
+    torch.testing.assert_close(
+        attention(x, partial(F.scaled_dot_product_attention, attn_mask=mask)), expected
+    )
