@@ -1,0 +1,164 @@
+"""Clips of files to score: an .npz with a uint8 array (clips, T, H, W, 3), or a folder of videos.
+
+clips = open_clips("runs/pushing/samples/samples.npz", "samples", args)
+for batch in clips.batches(range(8), 4):   # uint8 (4, T, H, W, 3)
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from support.config import UserError, warn
+from support.metrics import check_counts
+from support.video import VIDEO_FILES, Unreadable, read_frames, read_index
+
+OF_FOLDERS = {"frames": (16, "of each video"), "size": (64, "pixels"), "stride": (1, "of frames")}
+
+
+@dataclass
+class Clips:
+    """A set of clips to score, read a batch at a time."""
+
+    path: str
+    shape: tuple  # (clips, T, H, W, 3)
+    names: list[str]
+    read: Callable  # indices -> uint8 (n, T, H, W, 3)
+
+    def batches(self, order, size: int):
+        """Yield the clips in this order, `size` at a time, with a progress bar for videos."""
+        starts, quiet = range(0, len(order), size), not Path(self.path).is_dir()
+        for begin in tqdm(starts, f"reading {self.path}", unit="batch", disable=quiet):
+            yield self.read(order[begin : begin + size])
+
+
+def add_options(parser):
+    """Add the options that `open_both` reads."""
+    for name, (default, about) in OF_FOLDERS.items():
+        about = f"folders of videos only: {about} (default {default})"
+        parser.add_argument(f"--{name}", type=int, help=about)
+    about = "clips of one name belong to each other: also PSNR and SSIM"
+    parser.add_argument("--paired", action="store_true", help=about)
+    about = "with --paired: frames at the start that do not count in these"
+    parser.add_argument("--context", type=int, default=0, help=about)
+
+
+def open_clips(path: str, key: str, args) -> Clips:
+    """Open the clips of an .npz or of a folder. Raises UserError.
+
+    Of an .npz: its only uint8 array of that shape, else the one named `key`. Of every video of a
+    folder: its first --frames frames at --size pixels; a name is without the suffix of a video
+    file, unless two videos would have the same.
+    """
+    if Path(path).is_dir():
+        return _open_folder(path, args)
+    video = load_array(path, key)
+    return Clips(path, video.shape, [str(i) for i in range(len(video))], lambda part: video[part])
+
+
+def open_both(args) -> tuple[Clips, Clips, list[int]]:
+    """Open args.real and args.generated: (real, generated, order of the generated clips).
+
+    Raises UserError where they are not of one shape, are fewer than two clips or, with
+    args.paired, are not of the same names.
+    """
+    folders = Path(args.real).is_dir() or Path(args.generated).is_dir()
+    for name, (default, _) in OF_FOLDERS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not folders:
+            raise UserError(f"--{name} is for folders of videos; of arrays (.npz) all counts")
+    if min(args.frames, args.size, args.stride, args.batch) < 1:
+        raise UserError("--frames, --size, --stride and --batch must be at least 1")
+    if args.size > 4096:
+        raise UserError(f"--size={args.size} must be at most 4096")
+    real, generated = (
+        open_clips(args.real, "truth", args),
+        open_clips(args.generated, "samples", args),
+    )
+    shape, other = real.shape[1:], generated.shape[1:]
+    if shape != other:
+        raise UserError(
+            f"{args.real} holds clips of {shape} (T, H, W, 3) and {args.generated} of {other}; "
+            "they must agree"
+        )
+    check_counts(real.shape[0], generated.shape[0])
+    if args.context and not args.paired:
+        raise UserError(f"--context={args.context} needs --paired")
+    if not 0 <= args.context < shape[0]:
+        raise UserError(f"--context={args.context} leaves nothing of clips of {shape[0]} frames")
+    same = list(range(generated.shape[0]))
+    return real, generated, pair(real.names, generated.names) if args.paired else same
+
+
+def pair(real: list[str], generated: list[str]) -> list[int]:
+    """Return the place of each real name among the generated. Raises UserError if they differ."""
+    if odd := sorted(set(real) ^ set(generated)):
+        raise UserError(
+            f"--paired needs the same clips in both ({len(real)} and {len(generated)} here; in"
+            f" folders, the same names, video files without suffix); {odd[0]} is in one only"
+        )
+    place = {name: i for i, name in enumerate(generated)}
+    return [place[name] for name in real]
+
+
+def _open_folder(path: str, args) -> Clips:
+    root, need = Path(path), (args.frames - 1) * args.stride + 1
+    index = read_index(root)
+    names = [name for name, times in index.items() if len(times) >= need]
+    if short := len(index) - len(names):
+        warn(f"{short} of {len(index)} videos of {path} have fewer than {need} frames: left out")
+    if not names:
+        raise UserError(f"{path} holds no video of at least {need} frames")
+    if any(_is_compressed(root / name) for name in names):
+        warn(f"{path} holds compressed videos, whose artefacts count; arrays (.npz) are better")
+
+    def read(part):
+        try:
+            videos = [(root / names[i], index[names[i]]) for i in part]
+            wanted = range(0, need, args.stride)
+            return np.stack([read_frames(*video, wanted, args.size) for video in videos])
+        except Unreadable as error:
+            some = ", ".join(names[i] for i in part[:3])
+            raise UserError(f"{path}: {error}, in one of {some} ...; remove or repair it") from None
+
+    stems = [name if (root / name).is_dir() else os.path.splitext(name)[0] for name in names]
+    unique = stems if len(set(stems)) == len(names) else names
+    return Clips(path, (len(names), args.frames, args.size, args.size, 3), unique, read)
+
+
+def _is_compressed(video: Path) -> bool:
+    """Say whether it is a file, or a folder of frames with JPEGs."""
+    files = [video] if video.is_file() else video.iterdir()
+    return any(file.suffix.lower() in (".jpg", ".jpeg", *VIDEO_FILES) for file in files)
+
+
+def load_array(path, key) -> np.ndarray:
+    """Return the clips in an .npz (see `open_clips`); whatever else is in it does not matter."""
+    arrays = {}
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            for name in stored.files:
+                with contextlib.suppress(ValueError):  # Python objects
+                    arrays[name] = stored[name]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except MemoryError:
+        raise
+    except Exception:  # NumPy and zipfile raise many types for what is damaged or no .npz
+        raise UserError(f"{path} is not an .npz of plain arrays") from None
+    arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+    fit = [name for name, array in arrays.items() if _is_video(array)]
+    if not fit or (key not in fit and (len(fit) > 1 or key in arrays)):
+        held = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
+        wanted = f"uint8 array (clips, T, H, W, 3) to take as '{key}'"
+        raise UserError(f"{path} holds no {wanted}, only {held or 'what is no array'}")
+    return arrays[key if key in fit else fit[0]]
+
+
+def _is_video(array) -> bool:
+    return array.dtype == np.uint8 and array.ndim == 5 and array.shape[-1] == 3 and array.size > 0
