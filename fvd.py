@@ -72,14 +72,12 @@ def summarise(detectors, got, trajectories: list[str], pooled: bool, slow=True) 
     sets = {}
     for d in detectors:
         f = got.features[d.name]
-        kinds = {kind: f[kind] for kind in ("floor", "reconstruction") if kind in f}
-        kinds = (
-            {"pooled": torch.cat([f[kind] for kind in trajectories])} | kinds if pooled else kinds
-        )
+        kinds = {"pooled": torch.cat([f[kind] for kind in trajectories])} if pooled else {}
+        kinds |= {kind: f[kind] for kind in ("floor", "reconstruction") if kind in f}
         each = [set_scores(f["real"], f[kind], d.standardise, slow) for kind in trajectories]
         values = {key: [scores[key] for scores in each] for key in each[0]}
         spread = min(1, len(each) - 1)  # degrees of freedom that the mean takes
-        sets[d.name] = {"is": d.label, "file": str(d.path), "sha256": d.sha256, "each": each}
+        sets[d.name] = metrics.describe(d) | {"each": each}
         sets[d.name]["mean"] = {key: float(np.mean(v)) for key, v in values.items()}
         sets[d.name]["std"] = {key: float(np.std(v, ddof=spread)) for key, v in values.items()}
         for kind, features in kinds.items():
@@ -125,6 +123,14 @@ def score_run(args):
     print(f"written to {file}")
 
 
+def features(detectors, batches) -> list[torch.Tensor]:
+    """Return each detector's features (clips, F) of batches of uint8 clips (n, T, H, W, 3)."""
+    parts = [
+        [metrics.detect_features(d, clips, len(clips)) for d in detectors] for clips in batches
+    ]
+    return [torch.cat(column) for column in zip(*parts)]
+
+
 def score_files(args):
     """Score two sets of clips, a batch in memory at a time; with --out, write the scores."""
     file = storage.make_file(args.out) if args.out else None
@@ -132,25 +138,19 @@ def score_files(args):
         metrics.torch_fidelity()  # a warning where it is missing comes before the work
     device = pick_device(args.device)
     detectors = metrics.open_detectors(args.i3d, device)
-    real, generated, order = clips.open_both(args)
+    real, generated = clips.open_both(args)
     counts, shape = [real.shape[0], generated.shape[0]], real.shape[1:]
     report.report_clips(counts, shape)
-    batches = [(real, range(counts[0])), (generated, order)]
-    a, b = (
-        metrics.collect_features(detectors, of.batches(indices, args.batch))
-        for of, indices in batches
-    )
     scores = {"real": args.real, "generated": args.generated, "clips": counts, "shape": list(shape)}
     halves = torch.randperm(counts[0], generator=torch.Generator().manual_seed(0)).chunk(2)
-    for d in detectors:
-        x, y = a[d.name], b[d.name]
-        scores[d.name] = {"is": d.label, "file": str(d.path), "sha256": d.sha256}
-        scores[d.name] |= set_scores(x, y, d.standardise)
+    for d, a, b in zip(detectors, features(detectors, real), features(detectors, generated)):
+        scores[d.name] = metrics.describe(d) | set_scores(a, b, d.standardise)
         if counts[0] >= 4:
-            scores[d.name]["floor"] = set_scores(*(x[half] for half in halves), d.standardise)
+            scores[d.name]["floor"] = set_scores(*(a[half] for half in halves), d.standardise)
     if args.paired:
-        begin, both = args.context, zip(*(of.batches(i, args.batch) for of, i in batches))
-        parts = [metrics.frame_scores(x[:, begin:], y[:, begin:], device) for x, y in both]
+        begin = args.context
+        pairs = ((a[:, begin:], b[:, begin:]) for a, b in zip(real, generated))
+        parts = [metrics.frame_scores(a, b, device) for a, b in pairs]
         for name in parts[0]:
             scores[name] = float(np.concatenate([part[name] for part in parts]).mean())
     if file:

@@ -22,18 +22,19 @@ OF_FOLDERS = {"frames": (16, "of each video"), "size": (64, "pixels"), "stride":
 
 @dataclass
 class Clips:
-    """A set of clips to score, read a batch at a time."""
+    """A set of clips to score. Iteration reads them, in `order`, `batch` at a time."""
 
-    path: str
     shape: tuple  # (clips, T, H, W, 3)
     names: list[str]
+    batch: int
     read: Callable  # indices -> uint8 (n, T, H, W, 3)
+    title: str | None = None  # of a progress bar
+    order: list[int] | None = None
 
-    def batches(self, order, size: int):
-        """Yield the clips in this order, `size` at a time, with a progress bar for videos."""
-        starts, quiet = range(0, len(order), size), not Path(self.path).is_dir()
-        for begin in tqdm(starts, f"reading {self.path}", unit="batch", disable=quiet):
-            yield self.read(order[begin : begin + size])
+    def __iter__(self):
+        order, starts = self.order or range(len(self.names)), range(0, len(self.names), self.batch)
+        for begin in tqdm(starts, self.title, unit="batch", disable=not self.title):
+            yield self.read(order[begin : begin + self.batch])
 
 
 def add_options(parser):
@@ -57,14 +58,14 @@ def open_clips(path: str, key: str, args) -> Clips:
     if Path(path).is_dir():
         return _open_folder(path, args)
     video = load_array(path, key)
-    return Clips(path, video.shape, [str(i) for i in range(len(video))], lambda part: video[part])
+    names = [str(i) for i in range(len(video))]
+    return Clips(video.shape, names, args.batch, lambda part: video[part])
 
 
-def open_both(args) -> tuple[Clips, Clips, list[int]]:
-    """Open args.real and args.generated: (real, generated, order of the generated clips).
+def open_both(args) -> tuple[Clips, Clips]:
+    """Open args.real and args.generated; with args.paired, clips of one name belong together.
 
-    Raises UserError where they are not of one shape, are fewer than two clips or, with
-    args.paired, are not of the same names.
+    Raises UserError where options, shapes, numbers or names do not fit.
     """
     folders = Path(args.real).is_dir() or Path(args.generated).is_dir()
     for name, (default, _) in OF_FOLDERS.items():
@@ -91,8 +92,9 @@ def open_both(args) -> tuple[Clips, Clips, list[int]]:
         raise UserError(f"--context={args.context} needs --paired")
     if not 0 <= args.context < shape[0]:
         raise UserError(f"--context={args.context} leaves nothing of clips of {shape[0]} frames")
-    same = list(range(generated.shape[0]))
-    return real, generated, pair(real.names, generated.names) if args.paired else same
+    if args.paired:
+        generated.order = pair(real.names, generated.names)
+    return real, generated
 
 
 def pair(real: list[str], generated: list[str]) -> list[int]:
@@ -111,7 +113,8 @@ def _open_folder(path: str, args) -> Clips:
     index = read_index(root)
     names = [name for name, times in index.items() if len(times) >= need]
     if short := len(index) - len(names):
-        warn(f"{short} of {len(index)} videos of {path} have fewer than {need} frames: left out")
+        of = f"{short} of {len(index)} videos of {path}"
+        warn(f"{of} have fewer than {need} frames and are left out")
     if not names:
         raise UserError(f"{path} holds no video of at least {need} frames")
     if any(_is_compressed(root / name) for name in names):
@@ -128,7 +131,8 @@ def _open_folder(path: str, args) -> Clips:
 
     stems = [name if (root / name).is_dir() else os.path.splitext(name)[0] for name in names]
     unique = stems if len(set(stems)) == len(names) else names
-    return Clips(path, (len(names), args.frames, args.size, args.size, 3), unique, read)
+    shape = (len(names), args.frames, args.size, args.size, 3)
+    return Clips(shape, unique, args.batch, read, title=f"reading {path}")
 
 
 def _is_compressed(video: Path) -> bool:

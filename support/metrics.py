@@ -113,6 +113,11 @@ def open_detectors(i3d: str | None, device) -> list[nn.Module]:
     return [detector.to(device).eval() for detector in detectors]
 
 
+def describe(detector) -> dict:
+    """Return which detector it is: its label, file and hash."""
+    return {"is": detector.label, "file": str(detector.path), "sha256": detector.sha256}
+
+
 def detect_features(detector, video, batch=64) -> torch.Tensor:
     """Return features of uint8 (clips, T, H, W, 3), float64 (clips, F) on the CPU.
 
@@ -123,12 +128,6 @@ def detect_features(detector, video, batch=64) -> torch.Tensor:
     with torch.no_grad():
         parts = [torch.as_tensor(video[i : i + batch]) for i in range(0, len(video), batch)]
         return torch.cat([detector(part.to(device)).cpu().double() for part in parts])
-
-
-def collect_features(detectors, batches) -> dict[str, torch.Tensor]:
-    """Return {detector's name: features (clips, F)} of batches of uint8 (n, T, H, W, 3)."""
-    parts = [[detect_features(d, video, len(video)) for d in detectors] for video in batches]
-    return {d.name: torch.cat(of) for d, of in zip(detectors, zip(*parts))}
 
 
 def add_options(parser):
