@@ -17,7 +17,11 @@ from support.config import UserError, warn
 from support.metrics import check_counts
 from support.video import VIDEO_FILES, Unreadable, read_frames, read_index
 
-OF_FOLDERS = {"frames": (16, "of each video"), "size": (64, "pixels"), "stride": (1, "of frames")}
+OF_FOLDERS = {  # options of folders of videos: default, meaning
+    "frames": (16, "frames of each video"),
+    "size": (64, "pixels of a side"),
+    "stride": (1, "take every n-th frame"),
+}
 
 
 @dataclass
