@@ -21,13 +21,12 @@ from support.protocols import Run, collect
 
 def sweep(args) -> None:
     """Score every run with every setting and seed; write what is known after each cell."""
-    seeds, *settings = parse(args)
     scored = [Run(args, ckpt, args.protocol or protocols.protocol_of(ckpt)) for ckpt in args.ckpt]
     files = [storage.make_file(Path(args.out, f"sweep.{kind}")) for kind in ("json", "md", "png")]
-    cells = plan(scored, *settings)
+    cells = plan(scored, args)
     detectors, rows, met = metrics.open_detectors(args.i3d, scored[0].device), [], set()
     described = {
-        "seeds": seeds,
+        "seeds": args.seeds,
         "detectors": {d.name: d.label for d in detectors},
         "runs": {str(run.ckpt): run.describe() for run in scored},
     }
@@ -35,7 +34,7 @@ def sweep(args) -> None:
         s, cfg, order = opts.steps, [opts.cfg_temporal, opts.cfg_canvas], opts.order
         cell = f"{run.ckpt} steps={s} cfg={cfg[0]:g}:{cfg[1]:g} order={order}"
         log(f"{number} of {len(cells)}: {cell}")
-        kinds = {f"seed {seed}": fvd.samples(run, seed, opts) for seed in seeds}
+        kinds = {f"seed {seed}": fvd.samples(run, seed, opts) for seed in args.seeds}
         first = run not in met  # floor and reconstruction, once for each run
         made = kinds | ({"reconstruction": run.reconstruction} if first else {})
         met.add(run)
@@ -50,25 +49,7 @@ def sweep(args) -> None:
     print(table + f"written to {args.out}/sweep.json, sweep.md, sweep.png")
 
 
-def parse(args) -> tuple:
-    """Return (seeds, pairs of scales, orders, steps) of the command line. Raises UserError."""
-    try:
-        seeds = [int(word) for word in args.seeds.split(",")]
-        steps = [int(word) for word in args.all_steps.split(",")]
-        pairs = [tuple(map(float, pair.split(":"))) for pair in args.cfg.split(",")]
-    except ValueError as error:
-        raise UserError(f"--steps, --seeds and --cfg take numbers: {error}") from None
-    if any(len(pair) != 2 for pair in pairs):
-        raise UserError(f"--cfg={args.cfg} is not of the form w_t:w_s,w_t:w_s,...")
-    orders = args.orders.split(",")
-    if set(orders) - {"random", "motion"}:
-        raise UserError(f"--orders={args.orders} takes random and motion")
-    if min(seeds) < 0:
-        raise UserError(f"--seeds={args.seeds} takes numbers from 0 on")
-    return seeds, pairs, orders, steps
-
-
-def plan(scored: list[Run], guidance, orders, steps) -> list:
+def plan(scored: list[Run], args) -> list:
     """Return [(run, sample settings)], all of them checked. Raises UserError."""
     alike = {
         (run.name, d.path, d.size, d.stride, run.cfg.sample.context, run.cfg.sample.frames)
@@ -81,7 +62,8 @@ def plan(scored: list[Run], guidance, orders, steps) -> list:
             f"context or frames: {sorted(alike)}"
         )
     cells = []
-    for run, (w_t, w_s), order, s in itertools.product(scored, guidance, orders, steps):
+    axes = itertools.product(scored, args.cfg, args.orders.split(","), args.all_steps)
+    for run, (w_t, w_s), order, s in axes:
         if order == "motion" and not run.cfg.model.canvas:
             continue  # no canvas to tell what will move
         changes = {"steps": s, "cfg_temporal": w_t, "cfg_canvas": w_s, "order": order}
@@ -176,14 +158,27 @@ def draw(rows, path) -> None:
     fig.savefig(path, dpi=110)
 
 
+def integers(text: str) -> list[int]:
+    """Parse 0,1,2. Raises ValueError, of which argparse makes a message."""
+    numbers = [int(word) for word in text.split(",")]
+    if min(numbers) < 0:
+        raise ValueError
+    return numbers
+
+
+def scales(text: str) -> list[tuple[float, float]]:
+    """Parse 1:1,1.5:2. Raises ValueError."""
+    return [(float(w_t), float(w_s)) for w_t, w_s in (pair.split(":") for pair in text.split(","))]
+
+
 def main():
     """The command line. Raises UserError."""
     parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     protocols.add_options(parser, many=True)
     parser.set_defaults(seed=None)
-    parser.add_argument("--steps", dest="all_steps", default="1,2,4,8")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--cfg", default="1:1", help="w_t:w_s,...")
+    parser.add_argument("--steps", dest="all_steps", type=integers, default="1,2,4,8")
+    parser.add_argument("--seeds", type=integers, default="0,1,2")
+    parser.add_argument("--cfg", type=scales, default="1:1", help="w_t:w_s,...")
     parser.add_argument("--orders", default="random")
     parser.add_argument("--out", default="runs/sweep", help="folder for the table and the plot")
     sweep(parser.parse_args())

@@ -77,14 +77,10 @@ def open_both(args) -> tuple[Clips, Clips]:
             setattr(args, name, default)
         elif not folders:
             raise UserError(f"--{name} is for folders of videos; of arrays (.npz) all counts")
-    if min(args.frames, args.size, args.stride, args.batch) < 1:
-        raise UserError("--frames, --size, --stride and --batch must be at least 1")
-    if args.size > 4096:
-        raise UserError(f"--size={args.size} must be at most 4096")
-    real, generated = (
-        open_clips(args.real, "truth", args),
-        open_clips(args.generated, "samples", args),
-    )
+    if min(args.frames, args.size, args.stride, args.batch) < 1 or args.size > 4096:
+        raise UserError("--frames, --size, --stride and --batch start at 1, --size ends at 4096")
+    real = open_clips(args.real, "truth", args)
+    generated = open_clips(args.generated, "samples", args)
     shape, other = real.shape[1:], generated.shape[1:]
     if shape != other:
         raise UserError(
@@ -121,28 +117,26 @@ def _open_folder(path: str, args) -> Clips:
         warn(f"{of} have fewer than {need} frames and are left out")
     if not names:
         raise UserError(f"{path} holds no video of at least {need} frames")
-    if any(_is_compressed(root / name) for name in names):
+    videos = [root / name for name in names]
+    files = (file for video in videos for file in ([video] if video.is_file() else video.iterdir()))
+    if any(file.suffix.lower() in (".jpg", ".jpeg", *VIDEO_FILES) for file in files):
         warn(f"{path} holds compressed videos, whose artefacts count; arrays (.npz) are better")
 
     def read(part):
         try:
-            videos = [(root / names[i], index[names[i]]) for i in part]
             wanted = range(0, need, args.stride)
-            return np.stack([read_frames(*video, wanted, args.size) for video in videos])
+            of = ((videos[i], index[names[i]]) for i in part)
+            return np.stack([read_frames(*video, wanted, args.size) for video in of])
         except Unreadable as error:
             some = ", ".join(names[i] for i in part[:3])
             raise UserError(f"{path}: {error}, in one of {some} ...; remove or repair it") from None
 
-    stems = [name if (root / name).is_dir() else os.path.splitext(name)[0] for name in names]
+    stems = [
+        os.path.splitext(name)[0] if video.is_file() else name for name, video in zip(names, videos)
+    ]
     unique = stems if len(set(stems)) == len(names) else names
     shape = (len(names), args.frames, args.size, args.size, 3)
     return Clips(shape, unique, args.batch, read, title=f"reading {path}")
-
-
-def _is_compressed(video: Path) -> bool:
-    """Say whether it is a file, or a folder of frames with JPEGs."""
-    files = [video] if video.is_file() else video.iterdir()
-    return any(file.suffix.lower() in (".jpg", ".jpeg", *VIDEO_FILES) for file in files)
 
 
 def load_array(path, key) -> np.ndarray:
@@ -160,13 +154,13 @@ def load_array(path, key) -> np.ndarray:
     except Exception:  # NumPy and zipfile raise many types for what is damaged or no .npz
         raise UserError(f"{path} is not an .npz of plain arrays") from None
     arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
-    fit = [name for name, array in arrays.items() if _is_video(array)]
+    fit = [
+        name
+        for name, array in arrays.items()
+        if array.dtype == np.uint8 and array.ndim == 5 and array.shape[-1] == 3 and array.size
+    ]
     if not fit or (key not in fit and (len(fit) > 1 or key in arrays)):
         held = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
         wanted = f"uint8 array (clips, T, H, W, 3) to take as '{key}'"
         raise UserError(f"{path} holds no {wanted}, only {held or 'what is no array'}")
     return arrays[key if key in fit else fit[0]]
-
-
-def _is_video(array) -> bool:
-    return array.dtype == np.uint8 and array.ndim == 5 and array.shape[-1] == 3 and array.size > 0

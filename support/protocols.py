@@ -10,7 +10,6 @@ comparable as printed; `Run.describe` says all that a figure depends on.
 import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -205,15 +204,12 @@ def collect(run: Run, kinds: dict, detectors: list, floor=False, losses=True) ->
     total = sum(weight for weight, _ in parts)
     names = parts[0][1] if parts else ()
     losses = {name: sum(weight * part[name] for weight, part in parts) / total for name in names}
-    features, frames, objects = (
-        {a: {b: join(values) for b, values in of.items()} for a, of in tables[table].items()}
-        for table, join in (
-            ("features", torch.cat),
-            ("frames", np.concatenate),
-            ("objects", np.concatenate),
-        )
-    )
-    return Collected(features, frames, objects, losses)
+    joins = {"features": torch.cat, "frames": np.concatenate, "objects": np.concatenate}
+    joined = {
+        table: {a: {b: join(v) for b, v in of.items()} for a, of in tables[table].items()}
+        for table, join in joins.items()
+    }
+    return Collected(**joined, losses=losses)
 
 
 def measure(run, detectors, kind, video, truth, indices):
@@ -242,9 +238,8 @@ def measure(run, detectors, kind, video, truth, indices):
 @torch.no_grad()
 def held_out_losses(run, real) -> dict:
     """Return the losses of `canvas.validate` on real (B, >= data.frames, 3, H, W)."""
-    # not compiled: other shapes than sampling
-    eager = partial(torch.compiler.set_stance, "force_eager")
-    with autocast(run.device, run.cfg.train.precision), eager():
+    # not compiled: the shapes are others than in sampling
+    with autocast(run.device, run.cfg.train.precision), torch.compiler.set_stance("force_eager"):
         latents = run.tokenizer.encode(real[:, : run.cfg.data.frames].to(run.device))
         return validate(run.model, latents, run.cfg.seed)
 
@@ -277,13 +272,14 @@ def object_figures(objects: dict, trajectories: list[str]) -> dict:
     if not objects:
         return {}
     kinds = [*trajectories, *(kind for kind in ("reconstruction",) if kind in objects)]
+    all_kinds = ("real", *kinds)
     figures = {
-        name: {kind: float(objects[kind][name].mean()) for kind in ("real", *kinds)}
+        name: {kind: float(objects[kind][name].mean()) for kind in all_kinds}
         for name in ("right", "shaped", "lost")
     }
-    ends = {kind: objects[kind]["lost"][:, -1] for kind in ("real", *kinds)}
-    figures["ends_lost"] = {kind: float(lost.mean()) for kind, lost in ends.items()}
-    speed = {kind: known_mean(objects[kind]["speed"]) for kind in ("real", *kinds)}
+    ends = {kind: float(objects[kind]["lost"][:, -1].mean()) for kind in all_kinds}
+    speed = {kind: known_mean(objects[kind]["speed"]) for kind in all_kinds}
+    figures["ends_lost"] = ends
     figures["speed_ratio"] = {kind: ratio(speed[kind], speed["real"]) for kind in kinds}
     if len(trajectories) < 2:
         return figures

@@ -26,8 +26,9 @@ def report(s: dict) -> None:
     if "right" in s:
         _report_objects(s)
     if "ends_apart" in s:
-        played = f"{s['ends_apart_real']:.3f}" if "ends_apart_real" in s else ""
-        real = f" (two futures that the simulator plays: {played})" if played else ""
+        real = ""
+        if "ends_apart_real" in s:
+            real = f" (two futures that the simulator plays: {s['ends_apart_real']:.3f})"
         print(f"end positions of two samples: {s['ends_apart']:.3f} table widths apart{real}")
     losses = s["losses"]
     if "canvas" in losses:
@@ -65,13 +66,9 @@ def _report_objects(s):
         figures = {kind: scale * value for kind, value in figures.items()}
         own = [value for kind, value in figures.items() if kind.startswith("seed")]
         each = ", ".join(form % value for value in own)
-        others = [
-            f"{kind} {form % figures[kind]}{unit}"
-            for kind in ("real", "reconstruction")
-            if kind in figures
-        ]
-        mean = form % np.mean(own)
-        print(f"{title}: {mean}{unit} ({each}; {', '.join(others)})")
+        kinds = [kind for kind in ("real", "reconstruction") if kind in figures]
+        others = ", ".join(f"{kind} {form % figures[kind]}{unit}" for kind in kinds)
+        print(f"{title}: {form % np.mean(own)}{unit} ({each}; {others})")
 
     percent = {"form": "%.1f", "unit": "%", "scale": 100}
     line("frames with every object whole and in its colour", s["right"], **percent)
@@ -117,6 +114,5 @@ def _better(score: str) -> str:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """Return a table in Markdown."""
-    lines = [head, *rows]
-    lines = ["| " + " | ".join(line) + " |\n" for line in lines]
-    return lines[0] + "|" + "---|" * len(head) + "\n" + "".join(lines[1:])
+    head_line, *lines = ("| " + " | ".join(line) + " |\n" for line in (head, *rows))
+    return head_line + "|" + "---|" * len(head) + "\n" + "".join(lines)

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, TINY
 
 import train
+from support import pictures
 from support.config import UserError
 from support.pushing import TABLE
 
@@ -28,7 +29,12 @@ def refusal(main, *words):
 
 
 def train_inside(run, *overrides):
-    call(train.main, ROOT / "config.yaml", f"run={run}", *TINY, *overrides)
+    """A run folder of a tiny training, without its pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("figure", "write_mp4", "write_gif", "draw_curves"):
+            patch.setattr(pictures, name, lambda *_: None)
+        patch.setattr(train, "HELD_OUT", 6)
+        call(train.main, ROOT / "config.yaml", f"run={run}", *TINY, *overrides)
     return run
 
 
