@@ -121,6 +121,13 @@ def test_runs_of_any_seed_are_scored_on_the_same_test_clips(trained, tmp_path):
     assert b.cfg.seed == 5 and all(torch.equal(a.test.clip(i), b.test.clip(i)) for i in a.indices)
 
 
+def test_the_settings_of_the_choosing_canvas_are_described_where_there_is_one(run, monkeypatch):
+    assert "choice_cfg" not in run.describe()["sampling"]
+    choice = dataclasses.replace(run.cfg.choice, latent=4, temperature=0.5)
+    monkeypatch.setattr(run, "cfg", dataclasses.replace(run.cfg, choice=choice))
+    assert run.describe()["sampling"]["choice_temperature"] == 0.5
+
+
 # ---------------------------------------------------------------------------------------- commands
 
 
