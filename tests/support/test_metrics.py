@@ -1,4 +1,4 @@
-"""The scores of fvd.py and metrics.py against torch-fidelity, closed forms, and videos that are wrong in a known way."""
+"""The scores of fvd.py and metrics.py against torch-fidelity, closed forms and wrong videos."""
 
 import sys
 import types
@@ -268,13 +268,11 @@ def test_ssim_is_the_formula_written_out():
         for y in range(4):
             for x in range(3):
                 p, q = (image[0, y : y + 11, x : x + 11, c].astype(float) for image in (a, b))
-                mean = lambda v: (weight * v).sum()
-                cov = lambda v, w: mean(v * w) - mean(v) * mean(w)
-                values.append(
-                    (2 * mean(p) * mean(q) + 2.55**2)
-                    * (2 * cov(p, q) + 7.65**2)
-                    / ((mean(p) ** 2 + mean(q) ** 2 + 2.55**2) * (cov(p, p) + cov(q, q) + 7.65**2))
-                )
+                mp, mq, pp, qq, pq = (weight * v for v in (p, q, p * p, q * q, p * q))
+                mp, mq = mp.sum(), mq.sum()
+                var_p, var_q, cov = pp.sum() - mp**2, qq.sum() - mq**2, pq.sum() - mp * mq
+                above = (2 * mp * mq + 2.55**2) * (2 * cov + 7.65**2)
+                values.append(above / ((mp**2 + mq**2 + 2.55**2) * (var_p + var_q + 7.65**2)))
     assert float(metrics.ssim(a, b)) == pytest.approx(np.mean(values), rel=1e-9)
     with pytest.raises(UserError, match="11x11"):
         metrics.ssim(a[:, :10], b[:, :10])
