@@ -155,19 +155,23 @@ class Run:
 
 @dataclass
 class ScoredClips(Dataset):
-    """Item i: a test clip, its index, and a training clip (nothing where `floor` is False)."""
+    """Item i: test clip indices[i], that index, and training clip others[i] if there are others.
 
-    run: Run
-    floor: bool
+    Holds no model: it is copied to the processes that load data.
+    """
+
+    test: Dataset
+    indices: list[int]
+    train: Dataset
+    others: list[int]
+    start: int | None
 
     def __len__(self):
-        return len(self.run.indices)
+        return len(self.indices)
 
     def __getitem__(self, i):
-        run, other = self.run, torch.zeros(0)
-        if self.floor:
-            other = run.train.clip(run.others[i], run.start)
-        return run.test.clip(run.indices[i], run.start), run.indices[i], other
+        other = self.train.clip(self.others[i], self.start) if self.others else torch.zeros(0)
+        return self.test.clip(self.indices[i], self.start), self.indices[i], other
 
 
 @dataclass
@@ -188,7 +192,8 @@ def collect(run: Run, kinds: dict, detectors: list, floor=False, losses=True) ->
     set scores are the noise floor. `losses`: also the held-out losses, of up to 256 clips.
     """
     tables, parts = defaultdict(lambda: defaultdict(lambda: defaultdict(list))), []
-    clips = ScoredClips(run, floor)
+    others = run.others if floor else []
+    clips = ScoredClips(run.test, run.indices, run.train, others, run.start)
     loader = DataLoader(clips, run.batch, num_workers=run.cfg.data.workers)
     with tqdm(total=len(clips) * (len(kinds) + 1 + floor), desc="scoring", unit="clip") as bar:
         for real, indices, other in loader:
