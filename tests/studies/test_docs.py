@@ -48,6 +48,9 @@ def test_paragraphs_are_short(page):
         if not paragraph.lstrip().startswith(("|", "!", "#")):
             lines = paragraph.strip().splitlines()
             assert len(lines) <= 6 and max(map(len, lines), default=0) <= 100, paragraph
+    for table in re.findall(r"(?:^\|.*\n)+", prose, re.M):
+        head, bar, *rows = (line.count("|") for line in table.splitlines())
+        assert table.splitlines()[1].startswith("|---") and {bar, *rows} == {head}, table
 
 
 @every_page
