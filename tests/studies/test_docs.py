@@ -31,12 +31,9 @@ def split(page):
     return "\n".join(parts[::2]), "".join(parts[1::2])
 
 
-def test_the_readme_is_short_and_begins_with_what_moves():
-    text = README.read_text()
-    lines = text.splitlines()
-    assert len(lines) <= 180 and len(text.split()) <= 1500
-    assert any(line.startswith("![") and ".gif)" in line for line in lines[:10])
-    assert sum(line.startswith("```") for line in lines[:20]) == 2  # the commands, at once
+def test_the_readme_begins_with_commands_and_says_how_to_test():
+    lines = README.read_text().splitlines()
+    assert sum(line.startswith("```") for line in lines[:20]) == 2
     assert re.search(r"^pip install -r requirements.txt && pytest", split(README)[1], re.M)
 
 
@@ -59,17 +56,12 @@ def test_no_number_is_still_to_be_measured(page):
 
 
 @every_page
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", split(page)[0]):
-        if target.startswith("http"):
-            continue
-        name, _, anchor = target.partition("#")
+def test_links_to_sections_lead_somewhere(page):  # those to files: test_house.py
+    for name, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", split(page)[0]):
         file = page.parent / name if name else page
-        assert file.exists(), target
-        if anchor:
-            titles = re.findall(r"^#+ (.*)", file.read_text(), re.M)
-            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
-            assert anchor in slugs, target
+        titles = re.findall(r"^#+ (.*)", file.read_text(), re.M)
+        slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert anchor in slugs, anchor
 
 
 @every_page
