@@ -36,6 +36,7 @@ IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 DAMAGED_END = 32  # frames that may be passed over at the end of a damaged video
 DEFAULT, ATTACHED = 0x1, 0x400  # FFmpeg's dispositions of streams: the default one, a cover picture
 PROGRESSIVE = 1  # FFmpeg's order of fields where a frame has none
+EARLIER = (0, 10)  # seconds; a seek may lead past its goal, or to a frame that needs earlier ones
 AVI_FRAMES, CHECKS = 40, 64  # how much is decoded to check an AVI file; seeks, frames after a seek
 
 
@@ -339,12 +340,23 @@ def _decode_times(path: Path, keys: list[int]) -> list[int] | int:
     if None in times or any(a >= b for a, b in itertools.pairwise(times)):
         return len(times)
     starts = sorted({bisect.bisect_left(times, pts) for pts in keys} - {0})
+    parts = []
     for n in starts[:: len(starts) // CHECKS + 1] + [len(times)]:
-        for part in frames[n - 1 : n], frames[n : n + CHECKS]:  # just before and after a seek's end
-            found = _seek(path, 64, [pts for pts, _ in part]) if part else []
-            if [hash(image.tobytes()) for image in found] != [pixels for _, pixels in part]:
-                return len(times)
-    return times
+        parts += [frames[n - 1 : n], frames[n : n + CHECKS]]  # just before a key frame, and from it
+    return times if all(_seek_agrees(path, part) for part in parts if part) else len(times)
+
+
+def _seek_agrees(path: Path, part) -> bool:
+    """Whether a seek gives the frames `part`, [(time, digest of the pixels)], and never others."""
+    needed, digests = map(list, zip(*part))
+    with contextlib.suppress(require("av", "av").FFmpegError):
+        for earlier in EARLIER:
+            found = [hash(image.tobytes()) for image in decode(path, 64, needed, earlier)]
+            if found != digests[len(digests) - len(found) :]:
+                return False
+            if len(found) == len(digests):
+                return True
+    return False
 
 
 # ---------------------------------------------------------------------------------- reading frames
@@ -356,38 +368,21 @@ def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
     times: of all its frames, as in the index. The short side is scaled to `size` and the centre
     cut out. Raises Unreadable.
     """
-    av = require("av", "av")
-
-    taken = []
-    try:
-        if path.is_dir():
-            images = _find_images(path)
-            return np.stack([_read_image(images[i], size) for i in wanted])
-        numbered = isinstance(times, Untimed)
-        needed = list(wanted) if numbered else [int(times[i]) for i in wanted]
-        if wanted[0] and not numbered:
-            taken = _seek(path, size, needed)
-        if len(taken) < len(needed):
-            taken = decode(path, size, needed, numbered=numbered)
-    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
-        raise Unreadable(getattr(error, "strerror", None) or str(error)) from None
-    if len(taken) < len(needed):
-        raise Unreadable(f"only {len(taken)} of {len(needed)} frames of a clip can be decoded")
-    return np.stack(taken)
-
-
-def _seek(path: Path, size: int, needed: list[int]) -> list[np.ndarray]:
-    """Return the frames of the times `needed`, decoding from a key frame; [] if they are not met.
-
-    A seek may lead past the first of them, or to a key frame that needs what comes before: then
-    decoding begins ten seconds earlier.
-    """
-    for earlier in (0, 10):
-        with contextlib.suppress(require("av", "av").FFmpegError):
-            taken = decode(path, size, needed, earlier)
-            if len(taken) == len(needed):
-                return taken
-    return []
+    if path.is_dir():
+        images = _find_images(path)
+        return np.stack([_read_image(images[i], size) for i in wanted])
+    numbered, reason = isinstance(times, Untimed), ""
+    needed = list(wanted) if numbered else [int(times[i]) for i in wanted]
+    for earlier in (None,) if numbered or not wanted[0] else (*EARLIER, None):
+        try:
+            taken = decode(path, size, needed, earlier, numbered)
+        except (require("av", "av").FFmpegError, OSError, ValueError, IndexError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            continue
+        if len(taken) == len(needed):
+            return np.stack(taken)
+        reason = f"only {len(taken)} of {len(needed)} frames of a clip can be decoded"
+    raise Unreadable(reason)
 
 
 def decode(path, size, needed, earlier=None, numbered=False) -> list[np.ndarray]:
