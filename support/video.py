@@ -37,7 +37,7 @@ DAMAGED_END = 32  # frames that may be passed over at the end of a damaged video
 DEFAULT, ATTACHED = 0x1, 0x400  # FFmpeg's dispositions of streams: the default one, a cover picture
 PROGRESSIVE = 1  # FFmpeg's order of fields where a frame has none
 EARLIER = (0, 10)  # seconds; a seek may lead past its goal, or to a frame that needs earlier ones
-AVI_FRAMES, CHECKS = 40, 64  # how much is decoded to check an AVI file; seeks, frames after a seek
+AVI_FRAMES, CHECKS = 40, 16  # frames and seeks that are compared in a check
 
 
 class Unreadable(Exception):
@@ -339,24 +339,24 @@ def _decode_times(path: Path, keys: list[int]) -> list[int] | int:
     times = [pts for pts, _ in frames]
     if None in times or any(a >= b for a, b in itertools.pairwise(times)):
         return len(times)
-    starts = sorted({bisect.bisect_left(times, pts) for pts in keys} - {0})
-    parts = []
-    for n in starts[:: len(starts) // CHECKS + 1] + [len(times)]:
-        parts += [frames[n - 1 : n], frames[n : n + CHECKS]]  # just before a key frame, and from it
+    starts = sorted({bisect.bisect_left(times, pts) for pts in keys} - {0}) + [len(times)]
+    parts = [frames[-1:]]
+    for a, b in list(itertools.pairwise(starts))[:: len(starts) // CHECKS + 1]:
+        parts += [frames[a - 1 : a], frames[a : min(b, a + 64)]]  # just before a key frame; from it
     return times if all(_seek_agrees(path, part) for part in parts if part) else len(times)
 
 
 def _seek_agrees(path: Path, part) -> bool:
-    """Whether a seek gives the frames `part`, [(time, digest of the pixels)], and never others."""
+    """Whether seeks to the frames `part`, [(time, digest of the pixels)], give no other pixels."""
     needed, digests = map(list, zip(*part))
-    with contextlib.suppress(require("av", "av").FFmpegError):
-        for earlier in EARLIER:
+    for earlier in EARLIER:
+        with contextlib.suppress(require("av", "av").FFmpegError):
             found = [hash(image.tobytes()) for image in decode(path, 64, needed, earlier)]
             if found != digests[len(digests) - len(found) :]:
                 return False
             if len(found) == len(digests):
-                return True
-    return False
+                break
+    return True
 
 
 # ---------------------------------------------------------------------------------- reading frames
