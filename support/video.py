@@ -368,18 +368,19 @@ def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
     times: of all its frames, as in the index. The short side is scaled to `size` and the centre
     cut out. Raises Unreadable.
     """
-    if path.is_dir():
-        images = _find_images(path)
-        return np.stack([_read_image(images[i], size) for i in wanted])
     numbered, reason = isinstance(times, Untimed), ""
     needed = list(wanted) if numbered else [int(times[i]) for i in wanted]
-    for earlier in (None,) if numbered or not wanted[0] else (*EARLIER, None):
+    for earlier in (None,) if numbered or not wanted.start else (*EARLIER, None):
         try:
-            taken = decode(path, size, needed, earlier, numbered)
+            if path.is_dir():
+                images = _find_images(path)[wanted.start : wanted.stop : wanted.step]
+                taken = [_read_image(image, size) for image in images]
+            else:
+                taken = decode(path, size, needed, earlier, numbered)
         except (require("av", "av").FFmpegError, OSError, ValueError, IndexError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             continue
-        if len(taken) == len(needed):
+        if taken and len(taken) == len(needed):
             return np.stack(taken)
         reason = f"only {len(taken)} of {len(needed)} frames of a clip can be decoded"
     raise Unreadable(reason)
