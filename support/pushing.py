@@ -4,8 +4,7 @@
     source.clip(index)                                        # (T, 3, size, size) in [-1, 1]
     correct_frames(detect(video), source.state(index))
 
-Nothing is downloaded: (seed, split, index) decides a clip. Ours, for want of a small public data
-set whose truth is known.
+Ours, for want of a small public data set whose truth is known. Nothing is downloaded.
 """
 
 import math
@@ -43,8 +42,7 @@ class State:
 
 
 class Pushing:
-    """A gripper moves by a random walk with momentum and pushes blocks, which stop at once, and
-    pucks, which glide on.
+    """A gripper on a random walk with momentum pushes blocks, which stop, and pucks, which glide.
 
     (seed, split, index) decides a clip bit for bit, and a longer clip begins with the shorter one.
     The future is open (random kicks at every frame) and the past matters (velocities).
@@ -71,18 +69,17 @@ class Pushing:
         return np.random.default_rng([self.seed, self.split, index % len(self), *stream])
 
     def state(self, index: int, context: int = 0) -> State:
-        """The state of a clip; with a context, of another future of its first `context` frames,
-        as probable as the true one.
-        """
+        """The state of a clip; with a context, another, as likely future of its first frames."""
         steps = (self.frames - 1) * self.stride
-        kicks = self._rng(index, 1), (context - 1) * self.stride
-        track = simulate(self._rng(index), steps, self.objects, *(kicks if context else ()))
-        return replace(track, position=track.position[:: self.stride])
+        kicks = (self._rng(index, 1), (context - 1) * self.stride) if context else ()
+        state = simulate(self._rng(index), steps, self.objects, *kicks)
+        return replace(state, position=state.position[:: self.stride])
 
 
 def simulate(rng, steps: int, objects: int = 3, other_rng=None, since: int = 0) -> State:
-    """Simulate a scene of 2 to `objects` objects. From step `since` on `other_rng`, if given, kicks
-    the gripper. Plain floats are faster than arrays for four bodies.
+    """Simulate 2 to `objects` objects; `other_rng`, if given, kicks the gripper from `since` on.
+
+    Plain floats are faster than arrays for four bodies.
     """
     count = int(rng.integers(2, objects + 1))
     shapes = [GRIPPER_SIZE] + [(PUCK, BLOCK)[k] for k in rng.integers(0, 2, count)]
@@ -154,8 +151,8 @@ def _substep(place, velocity, shapes):
 
 
 def _separate(place, gripper, shapes):
-    """Keep all bodies on the table and push apart what overlaps, once, changing `place`; return
-    whether any moved, and the gripper's velocity, which the table's edges reflect.
+    """Keep bodies on the table and push apart what overlaps, in `place`; return whether any moved
+    and the gripper's velocity, which the edges reflect.
     """
     moved = False
     for i in range(len(shapes)):
@@ -259,13 +256,12 @@ def correct_frames(found: dict, state: State) -> np.ndarray:
 
 
 def shape_scores(video: np.ndarray, found: dict, state: State) -> np.ndarray:
-    """(T, bodies): 1 for a body in its own shape, -1 for one in the other shape (square for disc,
-    disc for square) of the same area, 0 half-way; NaN where it was not found.
+    """(T, bodies): 1 for a body in its own shape, -1 in the other (square for disc, disc for
+    square) of the same area, 0 half-way; NaN where it was not found.
 
     video: (T, 3, H, W) in [-1, 1]; found: its `detect`. A frame is projected on the line between
-    the two pictures that show either shape where the body was found and all else as it should be,
-    so blur and a wrong size hardly count. The pictures have no pattern on the table, which brings
-    the result nearer to 0.
+    the pictures of either shape where the body was found, so blur and a wrong size hardly count.
+    A pattern on the table, which these lack, brings the result nearer to 0.
     """
     place = np.stack([found["x"], found["y"]], -1)[:, state.colour]  # (T, bodies, 2)
     missing = np.isnan(place)
@@ -285,11 +281,10 @@ def shape_scores(video: np.ndarray, found: dict, state: State) -> np.ndarray:
 
 
 def object_measures(clip: np.ndarray, state: State, context: int) -> dict[str, np.ndarray]:
-    """Score the predicted frames of a clip, uint8 (T, H, W, 3), arrays (T - context, ...).
+    """Score the predicted frames of a clip, uint8 (T, H, W, 3): arrays (T - context, ...).
 
-    `right`: correct frames; `shaped`: those in which every body is nearer to its own shape, too;
-    `path` (..., 2) of the gripper, NaN where it is `lost`; `speed` of the gripper from the last
-    context frame on.
+    `right`: correct frames; `shaped`: those with every body nearer to its own shape, too; `path` of
+    the gripper (..., 2), NaN where `lost`, and its `speed` a frame from the last context frame on.
     """
     video = np.moveaxis(clip, -1, -3) / np.float32(127.5) - 1
     found = detect(video)

@@ -17,8 +17,8 @@ import json
 import os
 import re
 import warnings
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +28,8 @@ from support.config import UserError, require, warn
 
 VERSION = 2  # of the index file; one of another version is made anew
 MAX_WARNINGS = 20  # that name a file, in one run; the index file names all
-VIDEO_FILES = (
-    ".mp4 .m4v .mov .mkv .webm .avi .gif .mpg .mpeg .ts .mts .m2ts .flv .wmv .ogv .3gp .vob"
-)
-VIDEO_FILES = (*VIDEO_FILES.split(), ".y4m")
+SUFFIXES = "mp4 m4v mov mkv webm avi gif mpg mpeg ts mts m2ts flv wmv ogv 3gp vob y4m"
+VIDEO_FILES = tuple(f".{suffix}" for suffix in SUFFIXES.split())
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 DAMAGED_END = 32  # frames that may be passed over at the end of a damaged video
 DEFAULT, ATTACHED = 0x1, 0x400  # FFmpeg's dispositions of streams: the default one, a cover picture
@@ -146,11 +144,9 @@ def _probe(root, name):
 def find_videos(root: Path) -> dict[str, list[int]]:
     """Return {path below root: [size, date]} of every video file and every folder of images.
 
-    Hidden files and __MACOSX are passed over. Whatever else is left out is named in a warning:
-    what may not be opened, dangling links, and images in a folder that holds video files.
+    Hidden files and __MACOSX are passed over; whatever else is left out is named in a warning.
     """
-    found, visited = {}, set()
-    closed, dangling, beside = [], [], []
+    found, visited, closed, dangling, beside = {}, set(), [], [], []
     walk = os.walk(root, followlinks=True, onerror=lambda error: closed.append(error.filename))
     for folder, folders, files in walk:
         status = os.stat(folder)
@@ -172,16 +168,12 @@ def find_videos(root: Path) -> dict[str, list[int]]:
         for path in paths - videos - images:
             if not os.path.exists(path):
                 (dangling if os.path.islink(path) else closed).append(path)
-    _warn_left_out("files and folders that may not be opened", closed)
-    _warn_left_out("links that lead nowhere", dangling)
-    _warn_left_out("images beside video files", beside)
+    kinds = "files and folders that may not be opened", "links that lead nowhere"
+    for kind, paths in zip((*kinds, "images beside video files"), (closed, dangling, beside)):
+        if paths:
+            shown = ", ".join(sorted(paths)[:3] + ["..."] * (len(paths) > 3))
+            warn(f"{len(paths)} {kind} are left out: {shown}")
     return found
-
-
-def _warn_left_out(kind: str, paths):
-    if paths:
-        shown = sorted(paths)[:3] + ["..."] * (len(paths) > 3)
-        warn(f"{len(paths)} {kind} are left out: {', '.join(shown)}")
 
 
 def _visible(name: str) -> bool:
@@ -209,12 +201,9 @@ def _find_images(folder) -> list[str]:
 # ------------------------------------------------------------ can the packets of a file be trusted?
 
 
-class Packet(NamedTuple):
-    pts: int | None  # when its frame is shown
-    dts: int | None  # when it is decoded
-    key: bool  # decoding can begin here
-    shown: bool  # not cut off by an edit list
-    plain: bool  # whole, one frame of its own, and of key frames one that nothing looks back behind
+# pts, dts: when its frame is shown and decoded; key: decoding can begin here; shown: not cut off by
+# an edit list; plain: it is whole, one frame, and of key frames one that nothing looks back behind
+Packet = namedtuple("Packet", "pts dts key shown plain")
 
 
 def probe(path: Path) -> dict:
@@ -222,7 +211,6 @@ def probe(path: Path) -> dict:
     {"skip": why it cannot be used}. Headers are not trusted: packets are counted, or frames.
     """
     av = require("av", "av")
-
     if path.is_dir():
         return {"range": [0, len(_find_images(path)), 1]}
     try:
@@ -241,14 +229,10 @@ def probe(path: Path) -> dict:
             times = _decode_times(path, [p.pts for p in packets if p.key and p.pts is not None])
     except (av.FFmpegError, OSError, ValueError, IndexError, Unreadable) as error:
         return {"skip": getattr(error, "strerror", None) or str(error)}
-    if not times:
-        return {"skip": "no frames"}
-    if isinstance(times, int):
-        return {"count": times}
-    step = times[1] - times[0] if len(times) > 1 else 1
-    if all(b - a == step for a, b in itertools.pairwise(times)):
-        return {"range": [times[0], times[-1] + 1, step]}
-    return {"times": times}
+    if not times or isinstance(times, int):
+        return {"count": times} if times else {"skip": "no frames"}
+    steps = {b - a for a, b in itertools.pairwise(times)} or {1}
+    return {"range": [times[0], times[-1] + 1, *steps]} if len(steps) == 1 else {"times": times}
 
 
 def _open(path: Path):
@@ -256,7 +240,7 @@ def _open(path: Path):
 
 
 def _video_stream(container):
-    """Return the default video stream, else the first, that is no cover. Raises Unreadable."""
+    """Return the default video stream, else the first that is no cover. Raises Unreadable."""
     streams = [stream for stream in container.streams.video if not stream.disposition & ATTACHED]
     if not streams:
         raise Unreadable("no video stream")
@@ -273,41 +257,37 @@ def _read_packets(container, stream) -> list[Packet]:
             continue  # nothing, or a frame that only others refer to
         if not packets and not progressive:
             progressive = _is_progressive(packet, context)
-        no_frame = context.name == "mpeg4" and packet.size < 8
-        fields = packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard
-        plain = progressive and not no_frame and not packet.is_corrupt
-        if context.name == "h264" and packet.is_keyframe:
-            plain = plain and _is_idr(packet, stream)
-        packets.append(Packet(*fields, plain))
+        plain = progressive and not (context.name == "mpeg4" and packet.size < 8)  # no frame
+        corrupt, shown = packet.is_corrupt, not packet.is_discard
+        packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe, shown, plain))
+        if context.name == "h264" and packet.is_keyframe and not _is_idr(packet, stream):
+            packets[-1] = packets[-1]._replace(plain=False)
+    if packets and corrupt:  # a truncated file
+        packets[-1] = packets[-1]._replace(plain=False)
     return packets
 
 
 def _is_progressive(packet, context) -> bool:
     """Whether a packet gives one frame by itself, not interlaced; else a packet may be a field."""
-    try:
+    with contextlib.suppress(require("av", "av").FFmpegError):
         frames = packet.decode() + context.decode(None)
-    except require("av", "av").FFmpegError:
-        return False
-    return len(frames) == 1 and not frames[0].interlaced_frame
+        return len(frames) == 1 and not frames[0].interlaced_frame
+    return False
 
 
 def _is_idr(packet, stream) -> bool:
-    """Whether a key frame of H.264 is one that nothing after it looks back behind. Uses it up.
-
-    Others are pictures that frames with references to earlier ones may follow, or where a gradual
-    refresh begins.
+    """Whether nothing after an H.264 key frame looks back behind it: no open GOP begins there and
+    no gradual refresh. Uses the packet up.
     """
-    filters = require("av.bitstream", "av")
-    try:
-        only_idr = filters.BitStreamFilterContext("filter_units=pass_types=5", stream)
+    bitstream = require("av.bitstream", "av")
+    with contextlib.suppress(require("av", "av").FFmpegError):
+        only_idr = bitstream.BitStreamFilterContext("filter_units=pass_types=5", stream)
         return bool(only_idr.filter(packet))
-    except require("av", "av").FFmpegError:
-        return False
+    return False
 
 
 def _trusted(packets: list[Packet], reorders: bool) -> bool:
     """Whether each packet is a frame shown at its time and decoding can begin at each key frame.
-
     reorders: the decoder may put frames into another order.
     """
     pts, dts = [p.pts for p in packets], [p.dts for p in packets if p.dts is not None]
@@ -365,8 +345,7 @@ def _seek_agrees(path: Path, part) -> bool:
 def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
     """Return the frames number `wanted` of a video: uint8 (len(wanted), size, size, 3).
 
-    times: of all its frames, as in the index. The short side is scaled to `size` and the centre
-    cut out. Raises Unreadable.
+    times: of all its frames, as in the index. Raises Unreadable.
     """
     numbered, reason = isinstance(times, Untimed), ""
     needed = list(wanted) if numbered else [int(times[i]) for i in wanted]
@@ -412,7 +391,6 @@ def _play(path: Path, begin=None, needed=None):
     On one thread: more would decode ahead of the last one, and data processes are parallel already.
     """
     av = require("av", "av")
-
     with _open(path) as container:
         stream = _video_stream(container)
         context, damaged = stream.codec_context, False
@@ -458,18 +436,15 @@ def _read_image(path: str, size: int) -> np.ndarray:
 def _crop(frame, size, aspect=None):
     """Scale to square pixels and the short side to `size` by averaging areas, cut the centre out,
     turn and mirror it as the file's metadata says: uint8 (size, size, 3).
-
     aspect: width of a pixel over its height; None: unknown, as beyond a factor of 10.
     """
     aspect = float(aspect or 1)
     shape = np.array([frame.width * (aspect if 0.1 < aspect < 10 else 1), frame.height])
     width, height = np.maximum(size, np.round(shape * size / shape.min())).astype(int).tolist()
     # one thread: PyAV keeps the scaler, and a forked worker would wait for threads it does not have
-    scaled = frame.reformat(
-        width=width, height=height, format="rgb24", interpolation="AREA", threads=1
-    )
+    scaled = frame.reformat(width, height, "rgb24", interpolation="AREA", threads=1).to_ndarray()
     top, left = (height - size) // 2, (width - size) // 2
-    image = scaled.to_ndarray()[top : top + size, left : left + size]
+    image = scaled[top : top + size, left : left + size]
     matrix = frame.side_data.get("DISPLAYMATRIX")
     return image if matrix is None else _turn(image, *np.frombuffer(matrix, np.int32)[:5].tolist())
 
