@@ -215,12 +215,11 @@ def _draw(image, x, y, core_x, core_y, radius, colour):
 
 
 def detect(video: np.ndarray) -> dict[str, np.ndarray]:
-    """Find each colour of PALETTE in frames (..., 3, H, W) in [-1, 1].
+    """Find each colour of PALETTE in frames (..., 3, H, W) in [-1, 1]: arrays (..., colours).
 
-    A pixel has the nearest colour if that is closer than 0.4 (RGB in 0..1). Returns arrays
-    (..., colours): `area` in table widths squared, `x` and `y` of the centre (NaN where absent),
-    and `compactness`, the second moment over that of a disc of the same area: 1 for a disc, 1.05
-    for a square, more for pieces.
+    A pixel has the nearest colour if that is closer than 0.4 (RGB in 0..1). `area`, the centre
+    `x`, `y` (NaN where absent), and `compactness`, the second moment over that of a disc of the
+    same area: 1 for a disc, 1.05 for a square, more for pieces.
     """
     size = video.shape[-1]
     rgb = np.moveaxis((np.asarray(video, np.float32) + 1) / 2, -3, -1)  # (..., H, W, 3)

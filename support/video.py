@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from support.config import UserError, require, warn
@@ -126,14 +127,9 @@ def frame_times(entry: dict):
 
 def _probe_all(root: Path, names: list[str]):
     """Return (name, index entry) of each video, found on all cores if there are many."""
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    workers, probe_one = (
-        len(affinity(0)) if len(names) > 500 else 0,
-        functools.partial(_probe, root),
-    )
-    entries = torch.utils.data.DataLoader(
-        names, batch_size=None, num_workers=workers, collate_fn=probe_one
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers, work = cores if len(names) > 500 else 0, functools.partial(_probe, root)
+    entries = DataLoader(names, batch_size=None, num_workers=workers, collate_fn=work)
     return tqdm(entries, "indexing", unit="video", disable=len(names) < 100)
 
 
@@ -202,7 +198,7 @@ def _find_images(folder) -> list[str]:
 
 
 # pts, dts: when its frame is shown and decoded; key: decoding can begin here; shown: not cut off by
-# an edit list; plain: it is whole, one frame, and of key frames one that nothing looks back behind
+# an edit list; plain: one whole frame and, where `key`, nothing that follows looks back behind it
 Packet = namedtuple("Packet", "pts dts key shown plain")
 
 
@@ -305,10 +301,10 @@ def _trusted(packets: list[Packet], reorders: bool) -> bool:
 
 
 def _decode_times(path: Path, keys: list[int]) -> list[int] | int:
-    """Decode a video from the start and return the times of its frames, without a damaged end.
+    """Return the times of the frames that decoding from the start gives, without a damaged end.
 
-    Only their number if times do not find them: they do not rise, or what a seek to one of the
-    `keys` gives, times of key frames, differs from decoding from the start.
+    Only their number if times do not find them: they do not rise, or seeks to some of the key
+    frames, at the times `keys`, give other pixels.
     """
     frames = []  # (time, digest of the pixels, None of a damaged frame)
     for frame, aspect in _play(path):
@@ -415,7 +411,6 @@ def _read_image(path: str, size: int) -> np.ndarray:
     """Return an image, uint8 (size, size, 3), turned as its EXIF says. Raises Unreadable."""
     av, pillow = require("av", "av"), require("PIL.Image", "pillow")
     exif_transpose = require("PIL.ImageOps", "pillow").exif_transpose
-
     name = os.path.basename(path)
     try:
         with warnings.catch_warnings(), pillow.open(path) as image:
