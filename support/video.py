@@ -253,11 +253,11 @@ def _read_packets(container, stream) -> list[Packet]:
             continue  # nothing, or a frame that only others refer to
         if not packets and not progressive:
             progressive = _is_progressive(packet, context)
-        plain = progressive and not (context.name == "mpeg4" and packet.size < 8)  # no frame
+        no_frame = context.name == "mpeg4" and packet.size < 8
+        open_gop = context.name == "h264" and packet.is_keyframe and not _is_idr(packet, context)
+        plain = progressive and not no_frame and not open_gop
         corrupt, shown = packet.is_corrupt, not packet.is_discard
         packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe, shown, plain))
-        if context.name == "h264" and packet.is_keyframe and not _is_idr(packet, stream):
-            packets[-1] = packets[-1]._replace(plain=False)
     if packets and corrupt:  # a truncated file
         packets[-1] = packets[-1]._replace(plain=False)
     return packets
@@ -271,15 +271,17 @@ def _is_progressive(packet, context) -> bool:
     return False
 
 
-def _is_idr(packet, stream) -> bool:
-    """Whether nothing after an H.264 key frame looks back behind it: no open GOP begins there and
-    no gradual refresh. Uses the packet up.
+def _is_idr(packet, context) -> bool:
+    """Whether nothing after an H.264 key frame looks back behind it: it begins neither an open GOP
+    nor a gradual refresh.
     """
-    bitstream = require("av.bitstream", "av")
-    with contextlib.suppress(require("av", "av").FFmpegError):
-        only_idr = bitstream.BitStreamFilterContext("filter_units=pass_types=5", stream)
-        return bool(only_idr.filter(packet))
-    return False
+    data, config = memoryview(packet), context.extradata or b""
+    if len(config) < 5 or config[0] != 1:  # Annex B: NAL units come after start codes
+        return bool(re.search(rb"\x00\x00\x01[\x05\x25\x45\x65]", data))
+    at, width = 0, (config[4] & 3) + 1  # avcC: they come after their lengths, of `width` bytes
+    while at + width < len(data) and data[at + width] & 31 != 5:
+        at += width + int.from_bytes(data[at : at + width], "big")
+    return at + width < len(data)
 
 
 def _trusted(packets: list[Packet], reorders: bool) -> bool:
