@@ -18,9 +18,7 @@ from hypothesis import settings  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support import config  # noqa: E402
-import sample  # noqa: E402
-from support import storage  # noqa: E402
+from support import config, pictures, storage  # noqa: E402
 import train as train_script  # noqa: E402
 from canvas import CanvasMAR  # noqa: E402
 
@@ -127,9 +125,9 @@ def within_seconds(seconds):
 
 @pytest.fixture
 def here(monkeypatch, capsys, tmp_path):
-    """train.py inside this process, without its pictures: here(file, "train.lr=1") -> (exit status, stderr)."""
-    for module, name in ((sample, "figure"), (sample, "write_mp4"), (storage, "draw_curves")):
-        monkeypatch.setattr(module, name, lambda *_: None)
+    """train.py in this process, without its pictures: here(file, "seed=1") -> (status, stderr)."""
+    for name in ("figure", "write_mp4", "write_gif", "draw_curves"):
+        monkeypatch.setattr(pictures, name, lambda *_: None)
     monkeypatch.setattr(storage, "PATIENCE", 0.2)
     monkeypatch.setattr(train_script, "HELD_OUT", 6)
     monkeypatch.chdir(tmp_path)
