@@ -148,7 +148,7 @@ def compare(old: Config, cfg: Config, where, bound=(), free=FREE) -> str:
     return ", ".join(f"{k}={now[k]} ({there[k]} before)" for k in differ)
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 class CorruptFile(UserError):
@@ -321,7 +321,7 @@ def clean_up(folder, prefix: str, chosen: Path, step: int) -> None:
         file.unlink()
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def append_metrics(folder, stage: str, step: int, values: dict) -> None:

@@ -68,7 +68,7 @@ def child(work):
         os.close(out), os.close(into)
 
 
-# ------------------------------------------------------------------------------------------------------ whole or not at all
+# ------------------------------------------------------------------------------ whole or not at all
 
 
 def test_what_is_written_is_read_and_nothing_is_left_beside_it(tmp_path):
@@ -169,7 +169,7 @@ def test_a_bug_while_writing_keeps_its_traceback(tmp_path):
     assert not isinstance(caught.value, (UserError, OSError))
 
 
-# ------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +269,7 @@ def test_whatever_else_lies_there_is_a_sentence(tmp_path, recwarn):
     assert not recwarn.list
 
 
-# -------------------------------------------------------------------------------------------------------------- newest
+# ------------------------------------------------------------------------------------------- newest
 
 
 NAMES = {"latest.pt": 30, "step_00000030.pt": 30, "step_00000020.pt": 20, "step_00000010.pt": 10}
@@ -340,7 +340,7 @@ def test_a_checkpoint_of_another_kind_is_not_passed_over_as_damaged(tmp_path):
     assert not isinstance(caught.value, CorruptFile)
 
 
-# ---------------------------------------------------------------------------------------------------------------- lock
+# --------------------------------------------------------------------------------------------- lock
 
 
 def test_a_folder_is_held_by_one_process_and_free_when_that_is_killed(tmp_path, monkeypatch):
@@ -389,7 +389,7 @@ def test_what_has_written_nothing_leaves_no_folder(tmp_path):
     assert (tmp_path / "run" / "config.yaml").exists()
 
 
-# ------------------------------------------------------------------------------------------- compare
+# ------------------------------------------------------------------------------------------ compare
 
 
 def test_options_of_sampling_and_of_a_latent_that_neither_has_are_not_compared():
@@ -404,7 +404,7 @@ def test_options_of_sampling_and_of_a_latent_that_neither_has_are_not_compared()
         storage.compare(old, both, "here")
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 entries = st.tuples(
     st.sampled_from(["model", "tokenizer-training"]),
