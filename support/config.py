@@ -431,11 +431,7 @@ def check(cfg: Config) -> None:
 
 def _problems(cfg: Config):
     d, t, m, s, c = cfg.data, cfg.tokenizer, cfg.model, cfg.sample, cfg.choice
-    name, size, stride = (
-        f"data.name={d.name}",
-        f"data.size={d.size}",
-        f"tokenizer.stride={t.stride}",
-    )
+    size, stride = f"data.size={d.size}", f"tokenizer.stride={t.stride}"
     if not cfg.run:
         yield "run is empty; it names the folder that everything is written to"
     if t.stride & (t.stride - 1):
@@ -460,8 +456,8 @@ def _problems(cfg: Config):
         yield "sample.order=motion needs the canvas (model.canvas=true) to tell what will move"
     if d.name != "pushing" and not d.path:
         holds = "videos" if d.name == "folder" else "TFRecords"
-        yield f"{name} needs data.path, the folder that holds the {holds}"
+        yield f"data.name={d.name} needs data.path, the folder that holds the {holds}"
     if d.test_list and d.name != "folder":
-        yield f"data.test_list is for data.name=folder; {name} has a test split of its own"
+        yield f"data.test_list is for data.name=folder; {d.name} has a test split of its own"
     if d.name == "pushing" and d.size not in (32, 64):
         yield f"{size}: the pushing world is drawn at 32 or 64 pixels"
