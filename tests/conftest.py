@@ -121,7 +121,7 @@ def signals_kept(handler=signal.SIG_DFL):
             signal.signal(number, handler)
 
 
-def run_here(monkeypatch, *command, seconds=60) -> int:
+def run_here(monkeypatch, *command, seconds=300) -> int:
     """train.py inside this process; returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, command)])
     with within_seconds(seconds), pytest.raises(SystemExit) as stop:
@@ -141,7 +141,7 @@ def here(monkeypatch, capsys, tmp_path):
     def unheard(number, _):
         pytest.fail(f"nobody listens to signal {number}")
 
-    def run(*command, seconds=60):
+    def run(*command, seconds=120):
         status = run_here(monkeypatch, *command, seconds=seconds)
         return status, capsys.readouterr().err
 

@@ -100,7 +100,7 @@ def test_a_mistake_is_said_once_and_ends_all_processes(tmp_path):
     begin = time.monotonic()
     _, err = script(*TORCHRUN, *command, expect=1)  # torchrun's own status
     said = [line for line in err.splitlines() if "error: " in line]
-    assert said == [f"error: {tmp_path / 'none'} is not a folder"]
+    assert said == [f"error: there is no data.path={tmp_path / 'none'}"]
     assert 'train.py", line' not in err and time.monotonic() - begin < 60
     assert not (tmp_path / "run").exists()
 

@@ -226,7 +226,7 @@ def chaos(train_here, tmp_path, options, kills, in_saves, seed=0):
 
 
 def test_a_run_that_is_killed_several_times_ends_bit_for_bit_the_same(tmp_path, train_here):
-    options = ["tokenizer.steps=30", "train.steps=140", "train.save_every=2"]
+    options = ["tokenizer.steps=30", "train.steps=120", "train.save_every=4"]
     chaos(train_here, tmp_path, [*options, "data.train_clips=31"], kills=5, in_saves=3)
 
 

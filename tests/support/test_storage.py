@@ -1,6 +1,5 @@
 """The run folder: files survive a crash, damage is never loaded, one training at a time."""
 
-import contextlib
 import errno
 import os
 import random
