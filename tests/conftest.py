@@ -202,7 +202,7 @@ def copies(tmp_path, trained):
 
 
 class StandIn(torch.nn.Module):
-    """Has I3D's call and layout, and reports what it was given: largest value, means by axis, sizes, options."""
+    """I3D's call and layout; reports its input: largest value, means by axis, sizes, options."""
 
     def __init__(self, width: int):
         super().__init__()
