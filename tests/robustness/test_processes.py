@@ -11,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, launch, script, tiny
+from conftest import TINY, launch, script, tiny, train_script
 from helpers import assert_same_run, error_line, latest, lines, within_seconds
 
 from support import config, machine
 from support.runs import agreed_fingerprint
 
+HELD_OUT = train_script.HELD_OUT
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
 
 
@@ -75,7 +76,8 @@ def ranks_of(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
-def test_torchrun_carries_on_where_a_process_was_killed(tmp_path, train_here, named):
+def test_torchrun_carries_on_where_a_process_was_killed(tmp_path, train_here, named, monkeypatch):
+    monkeypatch.setattr(train_script, "HELD_OUT", HELD_OUT)  # as the script has
     options, broken = [named, "train.steps=40", "train.save_every=2"], tmp_path / "broken"
     two_processes(train_here, tmp_path / "whole", *options)
     command = ["train.py", "config.yaml", f"run={broken}", *TINY, *options]
