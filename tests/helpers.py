@@ -63,7 +63,7 @@ def child(work):
             work(lambda: os.write(into, b"."))
         os._exit(0)
     try:
-        with within_seconds(60):
+        with within_seconds(120):
             yield pid, out
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -1,5 +1,6 @@
 """Numbers, disks and files that fail: one line, nothing bad is saved, the same command goes on."""
 
+import json
 import math
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ import signal
 
 import pytest
 import torch
-from helpers import assert_same_run, at_step, files_below, same
+from helpers import assert_same_run, at_step, child, files_below, same
 
 from support import storage
 
@@ -100,12 +101,20 @@ def test_a_disk_that_is_full_ends_in_words_and_the_same_command_goes_on(
 
 
 def test_a_data_process_that_is_killed_is_a_sentence(tmp_path, train_here, monkeypatch, named):
+    """In a copy of this process: torch goes on to raise errors of dead workers whenever it can."""
+
     def kill_all():
         for process in multiprocessing.active_children():
             os.kill(process.pid, signal.SIGKILL)
 
+    def work(_):
+        result = train_here(tmp_path / "run", named, "data.workers=2", "train.steps=30")
+        (tmp_path / "result").write_text(json.dumps(result))
+
     at_step(monkeypatch, 3, kill_all)
-    status, err = train_here(tmp_path / "run", named, "data.workers=2", "train.steps=30")
+    with child(work) as (pid, _):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    status, err = json.loads((tmp_path / "result").read_text())
     assert status == 2 and "Traceback" not in err
     what = "error: a process that prepares data died .*data.workers=0.*goes on from the last check"
     assert re.search(what + "point$", err.strip().splitlines()[-1])
