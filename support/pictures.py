@@ -154,6 +154,7 @@ def draw_curves(folder) -> None:
                 marker = "." if len(points) < 30 else None
                 ax.plot(*zip(*points), label=key, linewidth=1, marker=marker)
             ax.set_xlabel(f"{stage.split('-')[0]} step")
-            ax.legend(fontsize=7)
+            if ax.lines:
+                ax.legend(fontsize=7)
             ax.grid(alpha=0.3)
     fig.savefig(Path(folder) / "curves.png", dpi=90)

@@ -206,6 +206,8 @@ def open_run(cfg: Config, source: str, machine, stack) -> Config:
     if file.exists() and (tokenizer or model):
         try:
             old = config.load(file)
+        except config.OldVersion:
+            raise
         except UserError as error:
             warn(f"{error}; what the checkpoints in {folder} say of themselves is compared instead")
     precision = pick_precision(cfg, machine.device, old)

@@ -120,8 +120,7 @@ def test_two_processes_train_both_stages_and_go_on_with_one(tmp_path, train_here
 
 
 def test_processes_that_see_other_data_than_the_first_are_refused():
-    source = type("Source", (), {"listing": lambda self: ["a"], "__len__": lambda self: 1})()
-    source.manifest = source.listing
+    source = type("Source", (), {"manifest": lambda self: ["a"], "__len__": lambda self: 1})()
     here = SimpleNamespace(rank=1, all_reduce_max=lambda n: n)
     here.on_rank0 = lambda work: work()
     assert agreed_fingerprint(here, source).startswith("1 items")
