@@ -75,7 +75,9 @@ class I3D(nn.Module):
         super().__init__()
         try:
             self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            self.net = torch.jit.load(path, map_location="cpu").eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch calls TorchScript deprecated, at length
+                self.net = torch.jit.load(path, map_location="cpu").eval()
         except OSError as error:
             raise UserError(f"cannot read the detector {path}: {error.strerror}") from None
         except (RuntimeError, ValueError) as error:
