@@ -1,8 +1,8 @@
-"""The per-token diffusion head: what one token looks like, given the masked transformer's vector for it.
+"""The per-token diffusion head: what one token looks like, given the masked transformer's c.
 
-DiffLoss of MAR (Li et al. 2024, arXiv 2406.11838): a small MLP with adaptive LayerNorm. The paper leaves the
-parametrisation open; flow matching (Lipman et al. 2023, arXiv 2210.02747) on straight lines from noise to data is our
-choice, since the target is one line and a few steps of a second-order solver are enough.
+DiffLoss of MAR (Li et al. 2024, arXiv 2406.11838): a small MLP with adaptive LayerNorm. The paper's
+parametrisation is not known; flow matching (Lipman et al. 2023, arXiv 2210.02747) on straight lines
+from noise to data is ours: the target is one line, and a few steps of a second-order solver do.
 
     f_tau = (1 - tau) eps + tau f,   target velocity f - eps,   tau in [0, 1] from noise to data
 """
@@ -10,61 +10,64 @@ choice, since the target is one line and a few steps of a second-order solver ar
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+FREQUENCIES = 16
 
 
 class DiffLoss(nn.Module):
-    """v_theta(f_tau, tau, c): f_tau (..., C), tau (...,), c (..., D) -> velocity (..., C)."""
+    """The head: its forward is the loss of tokens f given c, its `velocity` is v(f_tau, tau, c)."""
 
     def __init__(self, channels: int, condition: int, width: int, depth: int):
         super().__init__()
-        self.enter = nn.Linear(channels, width)
+        self.in_proj = nn.Linear(channels, width)
         self.time = nn.Sequential(
             nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
         )
-        self.condition = nn.Linear(condition, width)
+        self.c_proj = nn.Linear(condition, width)
         self.blocks = nn.ModuleList(AdaptiveBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulate = nn.Linear(width, 2 * width)
-        self.leave = nn.Linear(width, channels)
-        # Radians, half a turn up to 64 turns. Made on the CPU: Apple GPUs have no logspace, and every device gets the same bits.
+        self.out_proj = nn.Linear(width, channels)
+        # Radians, half a turn to 64 turns. Computed on the CPU, so that all devices have the same.
         rate = math.pi * torch.logspace(0, 7, FREQUENCIES, base=2, dtype=torch.float32)
         self.register_buffer("rate", rate, persistent=False)
-        for layer in (self.modulate, self.leave):  # start from a velocity of zero, as DiT does
+        for layer in (self.modulate, self.out_proj):  # start from a velocity of zero, as DiT does
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, f_tau, tau, c):
-        return self.velocity(f_tau, tau, self.condition(c))
+    def forward(self, f, c, tau, eps):
+        """Return the flow-matching loss of each token (..., K), the mean over R draws and C channels.
 
-    def velocity(self, f_tau, tau, condition):
-        """As `forward`, with `self.condition(c)` already computed: it is the same at every solver step. The shapes broadcast."""
-        y = nn.functional.silu(self.time(fourier(tau, self.rate)) + condition)  # (..., width)
-        x = self.enter(f_tau)
+        f (..., K, C) targets, c (..., K, D) conditions; tau (..., R, K) in [0, 1] and
+        eps (..., R, K, C) standard normal are the R draws.
+        """
+        f, cond = (
+            f.unsqueeze(-3),
+            self.c_proj(c).unsqueeze(-3),
+        )  # (..., 1, K, C), (..., 1, K, width)
+        t = tau.unsqueeze(-1)  # (..., R, K, 1)
+        v = self.velocity((1 - t) * eps + t * f, tau, cond)  # (..., R, K, C)
+        return (v.float() - (f - eps)).square().mean((-3, -1))
+
+    def velocity(self, f_tau, tau, cond):
+        """Return v (..., C). f_tau (..., C), tau (...,), cond (..., width); the shapes broadcast.
+
+        cond is `c_proj(c)`: a sampler computes it once, it is the same at every solver step.
+        """
+        y = F.silu(self.time(fourier(tau, self.rate)) + cond)  # (..., width)
+        x = self.in_proj(f_tau)
         for block in self.blocks:
             x = block(x, y)
         shift, scale = self.modulate(y).chunk(2, dim=-1)
-        return self.leave(torch.addcmul(shift, self.norm(x), 1 + scale))
-
-    def loss(self, f, c, tau, eps):
-        """Flow-matching loss per token, averaged over R repeats and C channels.
-
-        f (..., K, C) targets, c (..., K, D) conditions; tau (..., R, K) in [0, 1] and eps (..., R, K, C) standard normal
-        are the fresh draws of the R repeats. Returns (..., K).
-        """
-        f, condition = (
-            f.unsqueeze(-3),
-            self.condition(c).unsqueeze(-3),
-        )  # (..., 1, K, C), (..., 1, K, width)
-        t = tau.unsqueeze(-1)
-        v = self.velocity((1 - t) * eps + t * f, tau, condition)  # (..., R, K, C)
-        return (v.float() - (f - eps)).square().mean((-3, -1))
+        return self.out_proj(torch.addcmul(shift, self.norm(x), 1 + scale))
 
 
 class AdaptiveBlock(nn.Module):
     """x + gate * MLP(norm(x) * (1 + scale) + shift), the three from the condition (adaLN-Zero)."""
 
-    def __init__(self, width):
+    def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulate = nn.Linear(width, 3 * width)
@@ -77,9 +80,6 @@ class AdaptiveBlock(nn.Module):
         return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.norm(x), 1 + scale)))
 
 
-FREQUENCIES = 16
-
-
 def fourier(tau, rate):
     """tau (...,) in [0, 1], rate (F,) in radians -> (..., 2 F) in [-1, 1]: sines and cosines."""
     phase = tau.float().unsqueeze(-1) * rate
@@ -89,7 +89,8 @@ def fourier(tau, rate):
 def solve(velocity, x, steps: int, solver: str = "midpoint"):
     """Integrate dx/dtau = velocity(x, tau) from tau = 0 (noise) to 1 (data).
 
-    x (..., C); velocity gets tau as a number. euler is of order 1 and calls it once a step; midpoint, of order 2, twice.
+    x (..., C); velocity gets tau as a number. euler is of order 1 and calls it once a step;
+    midpoint is of order 2 and calls it twice.
     """
     h = 1.0 / steps
     for k in range(steps):

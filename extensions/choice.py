@@ -1,95 +1,123 @@
-"""Ours, not the paper's: a canvas that chooses one future. Off unless `model.canvas_latent` is above 0.
+"""Ours, not the paper's: a canvas that chooses one future. On where `choice.latent` is above 0.
 
-The paper's canvas is the mean over futures, so it cannot tell tokens that are drawn in one step which future to show. A latent w (B, T, L) tells it:
+The paper's canvas is the mean over futures, so it cannot tell tokens that are drawn in one step
+which future to show. A latent w (B, T, L) tells it:
 
-    training   w = q(frame, the frame before) + noise, and the canvas is predicted from (z_t + E w, p) by the same L2 loss, of some
-               frames without w: else z_t need not tell what is likely, and the prior finds nothing there
-    sampling   w ~ p(w | z_t), once a frame, by a DiffLoss of its own (`sample.choose`); q is never called
+    training   w = q(frame, frame before) + noise. The canvas is predicted from (z_t + E w, prev) by
+               the same L2 loss, for some frames without w: otherwise z_t need not say what is
+               likely, and the prior finds nothing in it.
+    sampling   w ~ p(w | z_t), once a frame, by a DiffLoss of its own; q is not called.
+
+configs/choice.yaml holds the settings, docs/CHOICE.md what they are good for.
 """
+
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
-from support import config
-from diffloss import DiffLoss
+from canvas import CanvasMAR, Draws, per_clip
+from diffloss import DiffLoss, solve
 from mar import Block
+from sample import guided, to_device
 
-REPEAT = 8  # draws of the prior's loss a frame: one small vector where a frame has dozens of tokens
+REPEAT = 8  # R, draws of the prior's loss a frame: one small vector where a frame has many tokens
+HIDDEN = 256
 
 
-class Choice(nn.Module):
-    """Posterior q, entrance E and prior of w."""
+class ChoosingCanvasMAR(CanvasMAR):
+    """CanvasMAR whose canvas reads z_t + E w instead of z_t."""
 
-    def __init__(self, channels: int, tokens: int, m: config.Model, hidden: int = 256):
-        super().__init__()
-        self.m, latent = m, m.canvas_latent
-        self.posterior, self.enter = (
-            Pool(2 * channels, tokens, m, hidden, latent),
-            nn.Linear(latent, m.width),
-        )
-        self.read, self.prior = (
-            Pool(m.width, tokens, m, hidden, hidden, m.choice_reads == "tokens"),
-            DiffLoss(latent, hidden, hidden, 3),
-        )
-        for part, scale in (
-            (self, 0.3),
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        m, o = cfg.model, cfg.choice
+        self.choice = o
+        self.posterior = Pool(2 * self.channels, self.tokens, m, o.latent)  # q
+        self.embed_w = nn.Linear(o.latent, m.width)  # E
+        self.read = Pool(m.width, self.tokens, m, HIDDEN)
+        self.prior = DiffLoss(o.latent, HIDDEN, HIDDEN, 3)
+        # The prior learns what w means while the posterior still changes it, more slowly.
+        for part, lr_scale in (
             (self.posterior, 0.1),
-        ):  # the prior learns what w means while the posterior still changes that
+            (self.embed_w, 0.3),
+            (self.read, 0.3),
+            (self.prior, 0.3),
+        ):
             for p in part.parameters():
-                p.lr_scale = scale
+                p.lr_scale = lr_scale
+        self.set_recompute(cfg.train.recompute)
 
-    def forward(self, f, before, z_t, told, draws):
-        """(what the canvas reads instead of z_t (B, T, N, D), loss, logs). f, before (B, T, N, C): the frames and those before them; told:
-        z_t, or the null vector where it is dropped, for the prior. The prior's loss trains the prior alone: its gradient stops at w and z_t."""
-        mu = self.posterior(torch.cat([f, f - before], -1))
-        w = mu + self.m.choice_noise * draws.w_noise
-        prior = self.prior.loss(
-            w.detach(), self.read(told.detach()), draws.w_tau, draws.w_eps
-        ).mean()
-        small = smallness(mu.flatten(0, 1), self.m.choice_noise, self.m.choice_loss)
-        read = z_t + (self.enter(w) * draws.w_told.unsqueeze(-1)).unsqueeze(-2)
-        return (
-            read,
-            self.m.choice_weight * small + prior,
-            {"prior": prior.detach(), "smallness": small.detach()},
+    def predict_canvas(self, z_t, prev, target=None, draws=None, generators=None):
+        """As of CanvasMAR; the further losses are w's size (`kl`) and the prior's loss (`prior`).
+
+        The prior's loss trains the prior alone: its gradient stops at w and z_t.
+        """
+        if target is None:
+            w = self.sample_prior(z_t, generators)
+            return super().predict_canvas(z_t + self.embed_w(w)[:, None], prev)
+        clean_prev = torch.cat([prev[:, :1], target[:, :-1]], dim=1)
+        mu = self.posterior(torch.cat([target, target - clean_prev], dim=-1))  # (B, T, L)
+        w = mu + self.choice.noise * draws.w_noise
+        known = torch.where(draws.drop_temporal, self.null.to(z_t.dtype), z_t).detach()
+        extra = {
+            # The KL divergence of w from a standard normal, up to a constant: nats a dimension.
+            "kl": self.choice.weight * (0.5 * mu.float().square().mean()),
+            "prior": self.prior(w.detach(), self.read(known), draws.w_tau, draws.w_eps).mean(),
+        }
+        hint = self.embed_w(w) * draws.w_shown[..., None]  # (B, T, D)
+        z_s, f_hat, _ = super().predict_canvas(z_t + hint.unsqueeze(-2), prev)
+        return z_s, f_hat, extra
+
+    def sample_prior(self, z_t, generators):
+        """Draw w (B, L) given z_t (B, N, D), guided by choice.cfg."""
+        o, null = self.choice, self.null.to(z_t.dtype).expand_as(z_t)
+        eps = to_device([torch.randn(o.latent, generator=g) for g in generators], z_t.device)
+        branches = [(weight, z) for weight, z in ((o.cfg, z_t), (1 - o.cfg, null)) if weight]
+        weights, z = zip(*branches)
+        velocity = guided(self.prior, self.read(torch.cat(z)), weights)
+        return solve(velocity, o.temperature * eps, o.solver_steps)
+
+    def draw(self, generators, frames, ratio=None):
+        draws, o = super().draw(generators, frames, ratio), self.choice
+        rand, randn = (
+            partial(per_clip, torch.rand, generators),
+            partial(per_clip, torch.randn, generators),
         )
+        return ChoiceDraws(
+            **vars(draws),
+            w_noise=randn(frames, o.latent),
+            w_tau=rand(REPEAT, frames),
+            w_eps=randn(REPEAT, frames, o.latent),
+            w_shown=rand(frames) >= o.drop,
+        )
+
+
+@dataclass
+class ChoiceDraws(Draws):
+    """What a training step draws for w."""
+
+    w_noise: torch.Tensor  # (B, T, L) standard normal
+    w_tau: torch.Tensor  # (B, R, T) in [0, 1)
+    w_eps: torch.Tensor  # (B, R, T, L) standard normal
+    w_shown: torch.Tensor  # (B, T) bool, whether the canvas reads w
+
+    def clean(self):
+        draws = super().clean()
+        draws.w_shown = torch.ones_like(self.w_shown)
+        return draws
 
 
 class Pool(nn.Module):
-    """(..., N, channels) -> (..., out): one transformer block, or none, then the mean over tokens and an MLP."""
+    """(..., N, channels) -> (..., out): a transformer block, the mean over tokens, an MLP."""
 
-    def __init__(
-        self, channels: int, tokens: int, m: config.Model, hidden: int, out: int, mix: bool = True
-    ):
+    def __init__(self, channels: int, tokens: int, m, out: int):
         super().__init__()
-        self.embed, self.position = (
-            nn.Linear(channels, m.width),
-            nn.Parameter(0.02 * torch.randn(tokens, m.width)),
-        )
-        self.block = Block(m.width, m.heads, round(tokens**0.5)) if mix else nn.Identity()
-        self.leave = nn.Sequential(nn.Linear(m.width, hidden), nn.GELU(), nn.Linear(hidden, out))
+        self.embed = nn.Linear(channels, m.width)
+        self.position = nn.Parameter(0.02 * torch.randn(tokens, m.width))
+        self.block = Block(m.width, m.heads, round(tokens**0.5))
+        self.out_proj = nn.Sequential(nn.Linear(m.width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, out))
 
     def forward(self, x):
-        return self.leave(
-            self.block((self.embed(x) + self.position).flatten(0, -3)).mean(-2)
-        ).unflatten(0, x.shape[:-2])
-
-
-def smallness(mu, noise: float, of: str):
-    """What keeps w = mu + noise * eps small, in nats a dimension; mu (n, L). kl: the divergence of each w from a standard normal, but for a
-    constant: a dimension that does not pay stays near zero. moments: that of a normal with the mean and covariance of w over the batch."""
-    if of == "kl":
-        return 0.5 * mu.float().square().mean()
-    with torch.autocast(mu.device.type, enabled=False):  # a determinant needs every digit
-        apart = mu.float() - (mean := mu.float().mean(0))
-        cov = apart.T @ apart / len(mu) + noise**2 * torch.eye(mu.shape[1], device=mu.device)
-        return (
-            0.5
-            * (
-                cov.diagonal().sum()
-                + mean.square().sum()
-                - mu.shape[1]
-                - torch.linalg.slogdet(cov).logabsdet
-            )
-            / mu.shape[1]
-        )
+        tokens = (self.embed(x) + self.position).flatten(0, -3)  # (frames, N, D)
+        return self.out_proj(self.block(tokens).mean(-2)).unflatten(0, x.shape[:-2])

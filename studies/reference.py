@@ -1,126 +1,88 @@
-"""The method without its savings: what the fast ways of the other files must equal in the tests, and be faster than in `bench.py`."""
+"""The method without its savings, for tests of the fast ways and for the times of studies.bench."""
 
 import torch
 import torch.nn.functional as F
 
-from canvas import clip_generator
+from canvas import clip_generator, rotate
 from diffloss import solve
-from mar import motion_order, random_order, reveal_schedule, rotate, take
+from mar import gather_tokens, motion_order, random_order, reveal_schedule
 
 
 def loss_everywhere(model, f, draws):
-    """The slow twin of `CanvasMAR.forward`: the last MLP and the head run on all tokens, and the masked ones' losses are picked."""
-    z_t, z_s, others, _ = model.conditions(f, draws)
-    clips, places = len(f), f.shape[1] * model.tokens
-    masked = torch.zeros(clips, places, dtype=torch.bool, device=f.device).scatter(
-        1, draws.masked, True
-    )
-    everywhere = torch.arange(places, device=f.device).expand(clips, -1)
-    c = model.mar(
-        f.flatten(0, 1),
-        masked.view(-1, model.tokens),
-        z_t.flatten(0, 1),
-        z_s.flatten(0, 1),
-        everywhere,
-    )
-    at = draws.masked[:, None].expand_as(draws.tau)
-    tau = draws.tau.new_zeros(*at.shape[:2], places).scatter(2, at, draws.tau)
-    eps = draws.eps.new_zeros(*tau.shape, model.channels).scatter(
-        2, at[..., None].expand_as(draws.eps), draws.eps
-    )
-    each = model.head.loss(f.flatten(1, 2), c, tau, eps)  # (B, T*N)
-    return each.gather(1, draws.masked).mean() + others
+    """CanvasMAR.forward whose last MLP and head run on all tokens; the masked ones' are picked."""
+    mar, head = model.mar, model.head
+    everywhere = torch.arange(f.shape[1] * model.tokens, device=f.device).expand(len(f), -1)
+
+    def all_tokens(f, masked, z_t, z_s, index):
+        return type(mar).forward(mar, f, masked, z_t, z_s, everywhere)
+
+    def masked_loss(target, c, tau, eps):
+        at = draws.index[:, None].expand_as(tau)  # (B, R, K)
+        all_tau = tau.new_zeros(*at.shape[:2], everywhere.shape[1]).scatter(2, at, tau)
+        all_eps = eps.new_zeros(*all_tau.shape, eps.shape[-1])
+        all_eps = all_eps.scatter(2, at[..., None].expand_as(eps), eps)
+        loss = type(head).forward(head, f.flatten(1, 2), c, all_tau, all_eps)  # (B, T*N)
+        return loss.gather(1, draws.index)
+
+    try:
+        mar.forward, head.forward = all_tokens, masked_loss
+        return model(f, draws)[0]
+    finally:
+        del mar.forward, head.forward
 
 
-def masked_attention(temporal, frames, device):
-    """The slow twin of `Temporal._attend`: every frame's queries against every frame's keys, under a mask (T*N, T*N)."""
-    age = torch.arange(frames, device=device)[:, None] - torch.arange(frames, device=device)[None]
-    mask = (
-        ((age >= 0) & (age < temporal.window))
-        .repeat_interleave(temporal.tokens, 0)
-        .repeat_interleave(temporal.tokens, 1)
-    )
-
-    def attend(q, k, v, turn, held):
-        return F.scaled_dot_product_attention(rotate(q, turn), rotate(k, turn), v, attn_mask=mask)
-
-    return attend
+def masked_attend(attention, q, k, v, angle, cache=None):
+    """CausalAttention.attend of all frames at once, under a mask (T*N, T*N)."""
+    frame = torch.arange(q.shape[2], device=q.device) // attention.tokens
+    age = frame[:, None] - frame[None]
+    mask = (age >= 0) & (age < attention.window)
+    q, k = rotate(q, angle), rotate(k, angle)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 @torch.no_grad()
 def slow_frames(model, context, opts, seed, clips):
-    """The slow twin of `sample.generate`: no cache, each branch by itself, masked transformer and head on every token at every step.
+    """sample.generate without a cache, each branch alone, all tokens at every step.
 
     Yields the frames' latents (B, N, C).
     """
-    streams, past = (
-        [clip_generator(seed, int(clip)) for clip in clips],
-        torch.cat([model.start.expand(len(context), 1, -1, -1), context], dim=1),
-    )
-    w_t, w_s = opts.cfg_temporal, opts.cfg_canvas if model.canvas else opts.cfg_temporal
+    streams = [clip_generator(seed, int(clip)) for clip in clips]
+    start = model.start.expand(len(context), 1, -1, -1)
+    past = torch.cat([start, context], dim=1)
     for _ in range(opts.frames - opts.context):
-        z_t, previous = model.temporal(past)[:, -1], past[:, -1]
-        noise = torch.stack([torch.rand(model.tokens, generator=g) for g in streams]).to(
-            context.device
-        )
-        eps = torch.stack(
-            [torch.randn(model.tokens, model.channels, generator=g) for g in streams]
-        ).to(context.device)
-        read = z_t
-        if model.choice:
-            choice, x = (
-                model.choice,
-                torch.stack(
-                    [torch.randn(model.cfg.canvas_latent, generator=g) for g in streams]
-                ).to(context.device),
-            )
-            c, none, w = choice.read(z_t), choice.read(model.null.expand_as(z_t)), opts.cfg_choice
-            v = lambda x, tau: sum(
-                a * choice.prior(x, x.new_full(x.shape[:-1], tau), b).float()
-                for a, b in ((w, c), (1 - w, none))
-            )
-            read = (
-                z_t
-                + choice.enter(
-                    solve(v, opts.choice_temperature * x, opts.choice_steps, opts.solver)
-                )[:, None]
-            )
-            z_t = read if model.cfg.choice_tells == "both" else z_t
-        z_s, canvas = (
-            model.canvas(read, previous) if model.canvas else (torch.zeros_like(z_t), None)
-        )
-        order = (
-            random_order(noise) if opts.order == "random" else motion_order(canvas, previous, noise)
-        )
-        f, known, begin, all_of_them = (
-            torch.zeros_like(previous),
-            torch.zeros_like(order, dtype=torch.bool),
-            0,
-            torch.arange(model.tokens, device=context.device),
-        )
-        for end in reveal_schedule(model.tokens, opts.steps, opts.order):
-            told = (
-                (1 - w_t, model.null.expand_as(z_t), torch.zeros_like(z_s)),
-                (w_t - w_s, z_t, torch.zeros_like(z_s)),
-                (w_s, z_t, z_s),
-            )
-            c = [
-                (weight, model.mar(f, ~known, t, s, all_of_them.expand(len(f), -1)))
-                for weight, t, s in told
-            ]
-            new = solve(
-                lambda x, tau: sum(
-                    weight * model.head(x, torch.full_like(x[..., 0], tau), c_) for weight, c_ in c
-                ).float(),
-                eps,
-                opts.solver_steps,
-                opts.solver,
-            )
-            at = order[:, begin:end]
-            f, known, begin = (
-                f.scatter(1, at[..., None].expand(-1, -1, f.shape[-1]), take(new, at)),
-                known.scatter(1, at, True),
-                end,
-            )
+        f = slow_frame(model, past, opts, streams)
         past = torch.cat([past, f[:, None]], dim=1)
         yield f
+
+
+def slow_frame(model, past, opts, streams):
+    """Return the frame (B, N, C) that follows past (B, T, N, C)."""
+    z_t, prev = model.temporal(past)[:, -1], past[:, -1]
+    B, N, C = prev.shape
+    order_noise = torch.stack([torch.rand(N, generator=g) for g in streams]).to(prev)
+    eps = torch.stack([torch.randn(N, C, generator=g) for g in streams]).to(prev)
+    z_s, f_hat, _ = model.predict_canvas(z_t, prev, generators=streams)
+    order = random_order(order_noise)
+    if opts.order == "motion":
+        order = motion_order(f_hat, prev, order_noise)
+    w_t, w_s = opts.cfg_temporal, opts.cfg_canvas if model.canvas else opts.cfg_temporal
+    null, zero = model.null.expand_as(z_t), torch.zeros_like(z_s)
+    everywhere = torch.arange(N, device=prev.device).expand(B, -1)
+    f, known, done = torch.zeros_like(prev), torch.zeros_like(order, dtype=torch.bool), 0
+
+    def condition(temporal, canvas):
+        frame = (f, ~known, temporal, canvas)
+        return model.mar(*(x[:, None] for x in frame), everywhere)  # (B, N, D)
+
+    def velocity(x, tau):
+        tau = torch.full_like(x[..., 0], tau)
+        none, temporal, both = (model.head.velocity(x, tau, model.head.c_proj(c)) for c in branches)
+        return (none + w_t * (temporal - none) + w_s * (both - temporal)).float()
+
+    for count in reveal_schedule(N, opts.steps, opts.order):
+        branches = [condition(*of) for of in ((null, zero), (z_t, zero), (z_t, z_s))]
+        new = solve(velocity, eps, opts.solver_steps, opts.solver)
+        index = order[:, done:count]
+        f = f.scatter(1, index[..., None].expand(-1, -1, C), gather_tokens(new, index))
+        known, done = known.scatter(1, index, True), count
+    return f

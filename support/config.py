@@ -110,8 +110,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def choices(*names, **more):
-    return field(metadata={"choices": names} | more)
+def choices(*names):
+    return field(metadata={"choices": names})
 
 
 def a_path():
@@ -121,8 +121,8 @@ def a_path():
 MANY = 10**9  # beyond all that is meant; a slip of the finger should not begin to fill the memory
 
 
-def bounded(low, high=math.inf):
-    return field(metadata={"low": low, "high": high})
+def bounded(low, high=math.inf, default=dataclasses.MISSING):
+    return field(default=default, metadata={"low": low, "high": high})
 
 
 # ------------------------------------------------------------------------------------------------------ the sections
@@ -139,8 +139,8 @@ class Data:
     )  # of 2 none would ever be trained with few masked tokens (mar.choose_masked)
     stride: int = bounded(1, 4096)
     train_clips: int = bounded(1, MANY)
-    objects: int = field(metadata={"low": 2, "high": 4, "before": 3})
-    texture: float = field(metadata={"low": 0, "high": 0.3, "before": 0.0})
+    objects: int = bounded(2, 4)
+    texture: float = bounded(0, 0.3)
     workers: int = bounded(0, 1024)
 
 
@@ -168,21 +168,11 @@ class Model:
     window: int = bounded(1, 4096)
     canvas: bool
     canvas_noise: float = bounded(0)
-    past_noise: float = field(metadata={"low": 0, "high": math.inf, "before": 0.0})
+    past_noise: float = bounded(0)
     canvas_weight: float = bounded(0)
-    canvas_gradient: bool = field(metadata={"before": True})
-    canvas_change: bool = field(metadata={"before": False})
-    canvas_under: bool = field(metadata={"before": False})
-    canvas_as: str = choices("features", "picture", before="features")
-    canvas_latent: int = field(metadata={"low": 0, "high": 4096, "before": 0})
-    choice_noise: float = field(metadata={"low": 1e-3, "high": math.inf, "before": 0.2})
-    choice_weight: float = field(metadata={"low": 0, "high": math.inf, "before": 0.1})
-    choice_loss: str = choices("kl", "moments", before="moments")
-    choice_reads: str = choices("tokens", "mean", before="tokens")
-    choice_tells: str = choices("canvas", "both", before="canvas")
+    canvas_change: bool
     drop_temporal: float = bounded(0, 1)
     drop_canvas: float = bounded(0, 1)
-    drop_choice: float = field(metadata={"low": 0, "high": 1, "before": 0.3})
     diffusion_repeat: int = bounded(1, 1024)
 
 
@@ -198,7 +188,7 @@ class Train:
     ema: float = bounded(0, 1)
     precision: str = choices("auto", "fp32", "bf16")
     compile: str = choices("auto", "true", "false")
-    recompute: bool = field(metadata={"before": False})
+    recompute: bool
     save_every: int = bounded(1, MANY)
     preview_every: int = bounded(1, MANY)
     keep: int = bounded(1, MANY)
@@ -210,14 +200,24 @@ class Sample:
     frames: int = bounded(1, 65536)
     clips: int = bounded(1, MANY)
     steps: int = bounded(1, 65536)
-    solver: str = choices("midpoint", "euler", before="midpoint")
+    solver: str = choices("midpoint", "euler")
     solver_steps: int = bounded(1, 65536)
     cfg_temporal: float
     cfg_canvas: float
-    cfg_choice: float = field(metadata={"before": 1.0})
-    choice_temperature: float = field(metadata={"low": 0, "high": math.inf, "before": 1.0})
-    choice_steps: int = field(metadata={"low": 1, "high": 65536, "before": 10})
     order: str = choices("random", "motion")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of extensions/choice.py, the only section that a file may leave out; configs/choice.yaml says what the keys mean."""
+
+    latent: int = bounded(0, 4096, default=0)
+    noise: float = bounded(1e-3, default=0.2)
+    weight: float = bounded(0, default=0.01)
+    drop: float = bounded(0, 1, default=0.3)
+    cfg: float = 1.0
+    temperature: float = bounded(0, default=1.0)
+    solver_steps: int = bounded(1, 65536, default=5)
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,7 @@ class Config:
     model: Model
     train: Train
     sample: Sample
+    choice: Choice = Choice()
 
     @property
     def grid(self) -> int:
@@ -296,7 +297,7 @@ def flat(cfg: Config) -> dict:
 
 def check(cfg: Config) -> None:
     """Sizes that must fit together; each message prints both numbers. Raises UserError."""
-    d, t, m, s = cfg.data, cfg.tokenizer, cfg.model, cfg.sample
+    d, t, m, s, c = cfg.data, cfg.tokenizer, cfg.model, cfg.sample, cfg.choice
     if not cfg.run:
         raise UserError("run is empty; it names the folder that everything is written to")
     for name, path in (
@@ -333,13 +334,14 @@ def check(cfg: Config) -> None:
             f"sample.steps={s.steps} is more than the {cfg.grid**2} tokens of a frame "
             f"(data.size={d.size}, tokenizer.stride={t.stride})"
         )
-    if m.canvas_latent and not m.canvas:
+    if c.latent and not m.canvas:
         raise UserError(
-            f"model.canvas_latent={m.canvas_latent} needs the canvas (model.canvas=true), which it tells what to show"
+            f"choice.latent={c.latent} needs the canvas (model.canvas=true), which it conditions"
         )
-    if not m.canvas_latent and (s.cfg_choice, s.choice_temperature) != (1, 1):
+    if not c.latent and (c.cfg, c.temperature) != (1, 1):
         raise UserError(
-            "sample.cfg_choice and sample.choice_temperature are of the latent that tells the canvas what to show; model.canvas_latent=0 has none"
+            f"choice.cfg={c.cfg} and choice.temperature={c.temperature} are of the latent that the canvas is "
+            "conditioned on; choice.latent=0 has none"
         )
     if s.order == "motion" and not m.canvas:
         raise UserError(
@@ -413,22 +415,38 @@ def _merge(base: dict, over: dict) -> dict:
     return base | both
 
 
+REMOVED = {
+    *(f"model.canvas_{key}" for key in ("as", "gradient", "latent", "under")),
+    *(f"model.choice_{key}" for key in ("loss", "noise", "reads", "tells", "weight")),
+    *("model.drop_choice", "sample.cfg_choice", "sample.choice_steps", "sample.choice_temperature"),
+}
+
+
 def build(kind, tree, prefix, where):
-    """One section from a dict: every key known, present and of its type. A key that came later has the value that runs from
-    `before` had without it. Raises UserError."""
+    """Build one section from a dict: every key known and of its type, none missing but those that have a default.
+
+    Raises UserError.
+    """
     if not isinstance(tree, dict):
         raise UserError(
             f"{where}: '{prefix.rstrip('.')}' must be a section with keys, got {reprlib.repr(tree)}"
         )
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in tree:
+        if f"{prefix}{key}" in REMOVED:
+            raise UserError(
+                f"{where}: {prefix}{key} is a key of an earlier version of this project; go on with commit a867726, "
+                "which has it, or train anew without it (keys of the choosing canvas: configs/choice.yaml)"
+            )
         if key not in fields:
             near = difflib.get_close_matches(str(key)[:100], fields, n=1, cutoff=0.0)[0]
             raise UserError(
                 f"{where}: unknown key '{prefix}{str(key)[:100]}'; did you mean '{prefix}{near}'?"
             )
     tree = {
-        name: f.metadata["before"] for name, f in fields.items() if "before" in f.metadata
+        name: to_dict(f.default) if dataclasses.is_dataclass(f.type) else f.default
+        for name, f in fields.items()
+        if f.default is not dataclasses.MISSING
     } | tree
     missing = [prefix + name for name in fields if name not in tree]
     if missing:

@@ -123,6 +123,8 @@ FREE = (
     "train.preview_every",
     "train.keep",
 )
+# What only samples depend on, and is not compared.
+SAMPLING = ("sample.", "choice.cfg", "choice.temperature", "choice.solver_steps")
 # What a tokenizer depends on; while there is no model yet, the rest may change too.
 FIRST_STAGE = ("seed", "data.", "tokenizer.", "train.ema", "train.warmup", "train.weight_decay")
 
@@ -132,12 +134,10 @@ def compare(old: Config, cfg: Config, where, bound=(), free=FREE) -> str:
     is more than `free` says may change; where `bound` is given, only keys that begin with one of its names are held to it."""
     there, now = config.flat(old), config.flat(cfg)
     idle = (
-        ()
-        if old.model.canvas_latent or cfg.model.canvas_latent
-        else ("model.choice_", "model.drop_choice")
+        () if old.choice.latent or cfg.choice.latent else ("choice.",)
     )  # keys of what neither has
     differ = [
-        k for k in now if now[k] != there[k] and k != "run" and not k.startswith(("sample.", *idle))
+        k for k in now if now[k] != there[k] and k != "run" and not k.startswith((*SAMPLING, *idle))
     ]
     refused = [k for k in differ if k not in free and (not bound or k.startswith(bound))]
     if refused:

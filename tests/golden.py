@@ -8,9 +8,11 @@ Each entry is a hash of all bytes and a sum of absolute values, which other proc
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 TINY = (
@@ -24,7 +26,23 @@ ARMS = {
     "paper": ["model.past_noise=0", "model.canvas_change=false"],
     "uniform": ["model.canvas=false"],
     "three branches, motion": ["sample.cfg_canvas=2", "sample.order=motion"],
-    "latent": ["model.canvas_latent=4"],
+    "recompute": ["train.recompute=true", "model.diffusion_repeat=3", "sample.solver=euler"],
+    "bf16": ["train.precision=bf16"],
+    "choice": ["choice.latent=4"],
+    "choice, guided": ["choice.latent=4", "choice.cfg=1.5", "choice.temperature=1.3"],
+}
+# Parameters and options as a867726 and before named them.
+EARLIER = {
+    r"\bin_proj\b": "enter",
+    r"\bc_proj\b": "condition",
+    r"\bout_proj\b": "leave",
+    r"^embed_w\b": "choice.enter",
+    r"^(posterior|read|prior)\b": r"choice.\1",
+}
+EARLIER_OPTIONS = {
+    "choice.latent": "model.canvas_latent",
+    "choice.cfg": "sample.cfg_choice",
+    "choice.temperature": "sample.choice_temperature",
 }
 
 
@@ -35,61 +53,98 @@ def entry(*tensors) -> list:
     return [digest, float(sum(abs(a.astype("float64")).sum() for a in arrays))]
 
 
+def canonical(name: str) -> str:
+    """The earlier name of a parameter, by which both layouts agree."""
+    for new, old in EARLIER.items():
+        name = re.sub(new, old, name)
+    return name
+
+
+def by_name(state: dict) -> list:
+    """The tensors of a state dict, or gradients, in the order of their earlier names."""
+    return [state[name] for name in sorted(state, key=canonical)]
+
+
+def layout():
+    """(config module, options with their names here, model builder, load_run) of this checkout."""
+    sys.path.insert(0, str(Path.cwd()))
+    if Path("support").is_dir():
+        from support import config, runs
+
+        return config, lambda words: words, runs.build_model, runs.load_run
+    import config
+    import sample
+    from canvas import CanvasMAR
+
+    def rename(words):
+        pairs = [word.split("=") for word in words]
+        return [f"{EARLIER_OPTIONS.get(key, key)}={value}" for key, value in pairs]
+
+    return config, rename, CanvasMAR, sample.load_run
+
+
+def measure_arm(model, cfg, name) -> dict:
+    """{name: entry} of a model with random weights."""
+    import torch
+    from canvas import clip_generator
+    from sample import generate
+
+    for key, p in model.named_parameters():  # what starts at zero would hide mistakes
+        g = torch.Generator().manual_seed(zlib.crc32(canonical(key).encode()))
+        p.data = 0.3 * torch.randn(p.shape, generator=g)
+    shape = (2, cfg.data.frames, model.tokens, model.channels)
+    f = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    low = cfg.train.precision == "bf16"
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        loss, _ = model(f, model.draw([clip_generator(0, i) for i in range(2)], cfg.data.frames))
+        loss.backward()
+        frames = list(generate(model.eval(), f[:, : cfg.sample.context], cfg.sample, 0, [0, 1]))
+    gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    found = {
+        "loss": entry(loss),
+        "gradients": entry(*by_name(gradients)),
+        "samples": entry(*[frame.latent for frame in frames]),
+        "steps": entry(*[step for frame in frames for step in frame.steps]),
+    }
+    if cfg.model.canvas:
+        canvases = [getattr(frame, "f_hat", getattr(frame, "canvas", None)) for frame in frames]
+        found["canvases"] = entry(*canvases)
+    return {f"{name}: {what}": value for what, value in found.items()}
+
+
 def measure() -> dict:
     """{name: entry} of the code in the working directory, on one thread."""
-    sys.path.insert(0, str(Path.cwd()))
-    from support import config
+    config, rename, build_model, load_run = layout()
     import torch
-    from canvas import CanvasMAR, clip_generator
-    from sample import generate, load_run
 
     torch.set_num_threads(1)
     found = {}
     for arm, changes in ARMS.items():
-        cfg = config.load("config.yaml", [*TINY, *changes])
-        torch.manual_seed(0)
-        model = CanvasMAR(cfg)
-        for p in model.parameters():  # what starts at zero would hide mistakes
-            p.data = 0.3 * torch.randn(p.shape)
-        f = torch.randn(2, cfg.data.frames, model.tokens, model.channels)
-        loss, _ = model(f, model.draw([clip_generator(0, i) for i in range(2)], cfg.data.frames))
-        loss.backward()
-        frames = list(generate(model.eval(), f[:, : cfg.sample.context], cfg.sample, 0, [0, 1]))
-        found[f"{arm}: loss"] = entry(loss)
-        found[f"{arm}: gradients"] = entry(
-            *[p.grad for _, p in sorted(model.named_parameters()) if p.grad is not None]
-        )
-        found[f"{arm}: samples"] = entry(*[frame.latent for frame in frames])
-        found[f"{arm}: steps"] = entry(*[step for frame in frames for step in frame.steps])
-        if cfg.model.canvas:
-            found[f"{arm}: canvases"] = entry(*[frame.canvas for frame in frames])
+        cfg = config.load("config.yaml", [*TINY, *rename(changes)])
+        found |= measure_arm(build_model(cfg), cfg, arm)
     with tempfile.TemporaryDirectory() as folder:
         run = [sys.executable, "train.py", "config.yaml", *TINY, f"run={folder}/run"]
         subprocess.run(run, check=True, capture_output=True)
         _, model, tokenizer = load_run(f"{folder}/run", torch.device("cpu"))
         state = torch.load(f"{folder}/run/latest.pt", weights_only=True)
-    for name, tensors in (
-        ("weights", state["net"]),
-        ("average", state["ema"]),
-        ("tokenizer", tokenizer.state_dict()),
-    ):
-        found[f"training: {name}"] = entry(*[tensors[key] for key in sorted(tensors)])
+    found["training: weights"] = entry(*by_name(state["net"]))
+    found["training: average"] = entry(*by_name(state["ema"]))
+    found["training: tokenizer"] = entry(*by_name(tokenizer.state_dict()))
     return found
 
 
 def main():
     mine = measure()
     if len(sys.argv) < 2:
-        return print(json.dumps(mine, indent=1))
-    out = subprocess.run(
-        [sys.executable, Path(__file__).resolve()], cwd=sys.argv[1], check=True, capture_output=True
-    ).stdout
+        print(json.dumps(mine, indent=1))
+        return
+    command = [sys.executable, Path(__file__).resolve()]
+    out = subprocess.run(command, cwd=sys.argv[1], check=True, capture_output=True).stdout
     other = json.loads(out)
     differ = [name for name in mine if mine[name] != other.get(name)]
-    print(
-        f"{len(mine) - len(differ)} of {len(mine)} equal"
-        + "".join(f"\n{n}: {mine[n]} here, {other.get(n)} there" for n in differ)
-    )
+    print(f"{len(mine) - len(differ)} of {len(mine)} equal")
+    for name in differ:
+        print(f"{name}: {mine[name]} here, {other.get(name)} there")
     sys.exit(bool(differ))
 
 

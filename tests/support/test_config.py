@@ -40,11 +40,13 @@ def test_what_is_saved_is_what_is_loaded(tmp_path_factory, overrides):
 def test_every_key_has_a_comment():
     keys = [
         line
-        for line in DEFAULT.read_text().splitlines()
+        for file in (DEFAULT, ROOT / "configs" / "choice.yaml")
+        for line in file.read_text().splitlines()
         if line.strip()
-        and not line.startswith("#")
+        and not line.startswith(("#", "base:"))
         and not line.split("#")[0].strip().endswith(":")
     ]
+    keys.remove("run: runs/choice")
     assert len(keys) == len(config.flat(config.load(DEFAULT)))
     assert [line for line in keys if len(line.partition("#")[2].strip()) < 10] == []
 
@@ -635,13 +637,38 @@ def test_a_package_that_is_not_there_is_named():
         config.require("no_such_package", "no-such-package")
 
 
-def test_a_configuration_from_before_a_key_came_keeps_its_meaning():
-    tree = config.to_dict(
-        config.load(ROOT / "config.yaml", ["train.recompute=true", "sample.solver=euler"])
-    )
-    del tree["train"]["recompute"], tree["sample"]["solver"]
-    cfg = config.from_dict(tree)
-    assert cfg.train.recompute is False and cfg.sample.solver == "midpoint"
-    del tree["sample"]["order"]
-    with pytest.raises(config.UserError, match="missing sample.order"):
-        config.from_dict(tree)
+def test_every_key_must_be_there_but_those_of_the_choice():
+    tree = config.to_dict(tiny())
+    whole = config.from_dict(tree)
+    del tree["choice"]
+    assert config.from_dict(tree) == whole and whole.choice.latent == 0
+    tree["choice"] = {"latent": 4}
+    assert config.from_dict(tree).choice == config.Choice(latent=4)
+    for section, name in (("sample", "order"), ("train", "recompute"), ("model", "past_noise")):
+        less = tree | {section: {k: v for k, v in tree[section].items() if k != name}}
+        with pytest.raises(UserError, match=f"missing {section}.{name}"):
+            config.from_dict(less)
+
+
+@pytest.mark.parametrize("name", sorted(config.REMOVED))
+def test_a_configuration_of_an_earlier_version_says_which_commit_has_its_keys(name):
+    section, key = name.split(".")
+    tree = config.to_dict(tiny())
+    tree[section] |= {key: 1}
+    with pytest.raises(UserError, match=f"run/latest.pt: {name} is a key of an earlier .* a867726"):
+        config.from_dict(tree, where="run/latest.pt")
+
+
+def test_a_choosing_canvas_needs_a_canvas_and_its_options_a_latent():
+    with pytest.raises(UserError, match="choice.latent=4 needs the canvas"):
+        tiny("model.canvas=false", "choice.latent=4")
+    for option in ("choice.cfg=1.5", "choice.temperature=0.5"):
+        with pytest.raises(UserError, match="choice.latent=0 has none"):
+            tiny(option)
+        assert tiny(option, "choice.latent=4").choice.latent == 4
+
+
+def test_the_recipe_of_the_choosing_canvas_differs_in_the_latent_alone():
+    cfg = config.load(ROOT / "configs" / "choice.yaml")
+    same = dataclasses.replace(cfg, run="", choice=dataclasses.replace(cfg.choice, latent=0))
+    assert cfg.choice.latent == 16 and same == dataclasses.replace(config.load(DEFAULT), run="")

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import within_seconds
+from conftest import tiny, within_seconds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support import storage
 from support.config import UserError
-from support.storage import CorruptFile, keep, newest, read, write
+from support.storage import CorruptFile, load_latest, read, save_checkpoint, write
 
 
 def contents(step=1, size=300):
@@ -115,7 +115,7 @@ def test_at_every_line_of_keep_the_last_checkpoints_are_whole(tmp_path):
     for step in range(1, 6):
         sys.settrace(look)
         try:
-            keep(contents(step), tmp_path, "", count)
+            save_checkpoint(contents(step), tmp_path, "", count)
         finally:
             sys.settrace(None)
     assert len(set(seen)) > 15
@@ -131,9 +131,9 @@ def test_the_last_checkpoints_stay_and_latest_is_the_newest(tmp_path, monkeypatc
     if not links:
         monkeypatch.setattr(os, "link", refuse)
     (tmp_path / "latest.pt.tmp").write_text("left by a crash")
-    keep(contents(5), tmp_path, "tokenizer_", count)
+    save_checkpoint(contents(5), tmp_path, "tokenizer_", count)
     for step in (90, 100, 110, 120):
-        keep(contents(step), tmp_path, "", count)
+        save_checkpoint(contents(step), tmp_path, "", count)
     expected = {f"step_{step:08d}.pt" for step in (90, 100, 110, 120)[-count:]}
     assert set(files(tmp_path)) == expected | {
         "latest.pt",
@@ -149,7 +149,7 @@ def no_space(*_):
 
 @pytest.mark.parametrize("how", ["fsync", "file size"])
 def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(tmp_path, monkeypatch, how):
-    keep(contents(1), tmp_path, "", 2)
+    save_checkpoint(contents(1), tmp_path, "", 2)
     before, limits = files(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     if how == "fsync":
         monkeypatch.setattr(os, "fsync", no_space)
@@ -157,7 +157,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(tmp_path, monkeypat
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(UserError, match="cannot write .*; what was saved before is whole"):
-            keep(contents(2, 100_000), tmp_path, "", 2)
+            save_checkpoint(contents(2, 100_000), tmp_path, "", 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert files(tmp_path) == before
@@ -288,9 +288,9 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_before_it_are_set_
     before, expected = files(folder), next((n for n, s in zip(NAMES, states) if s == "whole"), None)
     if expected is None and "damaged" in states:
         with pytest.raises(UserError, match="no whole checkpoint is left"):
-            newest(folder, "", "model")
+            load_latest(folder, "", "model")
     else:
-        file, stored = newest(folder, "", "model")
+        file, stored = load_latest(folder, "", "model")
         assert (file, stored and stored["step"]) == (
             (folder / expected, NAMES[expected]) if expected else (None, None)
         )
@@ -308,7 +308,7 @@ def test_what_lies_ahead_of_the_checkpoint_is_kept_aside_and_half_written_files_
     tmp_path, capsys
 ):
     for step in (10, 20, 30, 100_000_000):
-        keep(contents(step), tmp_path, "", 9)
+        save_checkpoint(contents(step), tmp_path, "", 9)
     write(contents(20), tmp_path / "latest.pt")
     for name in (
         "step_00000040.pt.tmp",
@@ -317,7 +317,9 @@ def test_what_lies_ahead_of_the_checkpoint_is_kept_aside_and_half_written_files_
         "tokenizer_step_00000099.pt",
     ):
         (tmp_path / name).write_text("x")
-    storage.clean_up(tmp_path, "", *[(f, s["step"]) for f, s in [newest(tmp_path, "", "model")]][0])
+    storage.clean_up(
+        tmp_path, "", *[(f, s["step"]) for f, s in [load_latest(tmp_path, "", "model")]][0]
+    )
     assert set(files(tmp_path)) == {
         "latest.pt",
         "step_00000010.pt",
@@ -331,10 +333,10 @@ def test_what_lies_ahead_of_the_checkpoint_is_kept_aside_and_half_written_files_
 
 
 def test_a_checkpoint_of_another_kind_is_not_passed_over_as_damaged(tmp_path):
-    keep(contents(1), tmp_path, "", 2)
+    save_checkpoint(contents(1), tmp_path, "", 2)
     write(contents(2) | {"kind": "tokenizer"}, tmp_path / "latest.pt")
     with pytest.raises(UserError, match="not a model checkpoint") as caught:
-        newest(tmp_path, "", "model")
+        load_latest(tmp_path, "", "model")
     assert not isinstance(caught.value, CorruptFile)
 
 
@@ -385,6 +387,21 @@ def test_what_has_written_nothing_leaves_no_folder(tmp_path):
         (tmp_path / "run" / "config.yaml").touch()
         raise KeyError
     assert (tmp_path / "run" / "config.yaml").exists()
+
+
+# ------------------------------------------------------------------------------------------- compare
+
+
+def test_options_of_sampling_and_of_a_latent_that_neither_has_are_not_compared():
+    old, both = tiny(), tiny("choice.latent=4")
+    assert storage.compare(old, tiny("choice.noise=0.5", "choice.drop=0"), "here") == ""
+    free = ("choice.cfg=2", "choice.temperature=1.5", "choice.solver_steps=9", "sample.steps=1")
+    assert storage.compare(both, tiny("choice.latent=4", *free), "here") == ""
+    for option in ("choice.noise=0.5", "choice.weight=1", "choice.drop=0", "choice.latent=8"):
+        with pytest.raises(UserError, match=f"here was made with another.*{option.split('=')[0]}"):
+            storage.compare(both, tiny("choice.latent=4", option), "here")
+    with pytest.raises(UserError, match=r"choice.latent \(0 there, 4 now\)"):
+        storage.compare(old, both, "here")
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
