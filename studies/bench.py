@@ -26,15 +26,13 @@ import torch
 
 import sample
 import train
-from canvas import Cache, CausalAttention, clip_generator
+from canvas import CausalAttention, clip_generator
 from studies.flops import build_parts, count, step_parts, watched
 from studies.reference import loss_everywhere, masked_attend, slow_frames
 from support import storage
 from support.config import UserError
 from support.fast import compile_parts, to_precision
 from support.machine import autocast, compiles, explain_compiler, pick_device, pick_precision
-
-ROLLOUT = 128  # frames of a long rollout
 
 
 class Bench:
@@ -75,11 +73,6 @@ class Bench:
                 taken[name].append(self.seconds(work))
         return {name: statistics.median(times[warm_up:]) for name, times in taken.items()}
 
-    def ratio(self, fast, slow) -> float:
-        """Return how many times longer `slow` takes."""
-        seconds = self.in_turns({"fast": fast, "slow": slow})
-        return seconds["slow"] / seconds["fast"]
-
     def autocast(self):
         return autocast(self.device, self.precision)
 
@@ -108,29 +101,38 @@ class Bench:
         n = max(products, key=lambda n: n**3 / seconds[n])
         return products[n], 2 * n**3
 
-    def against_products(self, work, flops: float, title: str):
-        """Return seconds of work() and the peak: FLOPs a second of a product that takes turns."""
+    def measure(self, title, unit, work, flops, parts, part_flops, pairs) -> dict:
+        """Print and return the figures of work() of so many FLOPs, of its parts and fast ways.
+
+        parts: {name: seconds}; pairs: {name: (fast, slow)}, functions that do the same. The peak is
+        what the largest matrix products reach that take turns with work().
+        """
         product, product_flops = self.product
         seconds = self.in_turns({"work": work, "product": product})
-        peak = product_flops / seconds["product"]
-        share = flops / seconds["work"] / peak
-        print(f"{self.name}, {torch.get_num_threads()} threads, {self.precision}: matrix products")
-        print(f"reach {peak / 1e12:.3g} TFLOP/s\n{title}: {1e3 * seconds['work']:.4g} ms, ", end="")
-        print(f"{flops / 1e9:,.2f} GFLOP, {share:.1%} MFU (of the measured products)")
-        return seconds["work"], peak
-
-    def compare(self, parts: dict, flops: dict, peak: float, twins: dict) -> dict:
-        """Print the seconds of the parts, and how many times faster fast ways are than slow ones."""
-        print(f"{'part':20s} {'ms':>9s} {'share':>7s} {'GFLOP':>10s} {'of the peak':>13s}")
-        for name, seconds in parts.items():
-            row = f"{name:20s} {1e3 * seconds:9.2f} {seconds / sum(parts.values()):7.1%}"
-            if n := flops.get(name):
-                row += f" {n / 1e9:10.2f} {n / peak / seconds:13.1%}"
+        peak, whole = product_flops / seconds["product"], seconds["work"]
+        print(
+            f"{self.name}, {torch.get_num_threads()} threads, {self.precision}: matrix products "
+            f"reach {peak / 1e12:.3g} TFLOP/s\n{title}: {1e3 * whole:.4g} ms, "
+            f"{flops / 1e9:,.2f} GFLOP, {flops / whole / peak:.1%} MFU (of those products)\n"
+            f"{'part':20s} {'ms':>9s} {'share':>7s} {'GFLOP':>10s} {'of the peak':>13s}"
+        )
+        for name, part in parts.items():
+            row = f"{name:20s} {1e3 * part:9.2f} {part / sum(parts.values()):7.1%}"
+            if n := part_flops.get(name):
+                row += f" {n / 1e9:10.2f} {n / peak / part:13.1%}"
             print(row)
-        ratios = {name: self.ratio(*ways) for name, ways in twins.items()}
-        for name, ratio in ratios.items():
-            print(f"{name}: {ratio:.2f} times")
-        return ratios
+        ratios = {}
+        for name, (fast, slow) in pairs.items():
+            turns = self.in_turns({"fast": fast, "slow": slow})
+            ratios[name] = turns["slow"] / turns["fast"]
+            print(f"{name}: {ratios[name]:.2f} times faster")
+        return self.figures | {
+            "matmul_peak": peak,
+            f"{unit}_seconds": whole,
+            "mfu": flops / whole / peak,
+            "part_seconds": parts,
+            "times_faster": ratios,
+        }
 
 
 # ----------------------------------------------------------------------------------- training
@@ -168,42 +170,33 @@ class Training:
 def bench_train(cfg, args) -> dict:
     """Measure a training step of one process: time, MFU, memory, parts, fast ways and slow ones."""
     bench, counted = Bench(cfg, args.repeats), count(cfg)
-    t, wrap, work = Training(cfg, bench), None, None
+    t = Training(cfg, bench)
+    wrap, work, pairs = None, t.step, {}
     if compiles(cfg, bench.device):
         wrap = torch.compile
         work = partial(t.step, wrap(t.tokenizer.encode), wrap(t.model))
-    work = work or t.step
-    memory = peak_memory(bench, work)
-    flops = counted["step_flops"] + counted["encode_flops"]
-    step, peak = bench.against_products(work, flops, f"{args.config}, a step")
-    tokens, activations = counted["tokens_a_step"] / step, counted["activation_bytes"]
-    print(
-        f"{tokens:,.0f} tokens/s; peak memory {memory / 2**30:.2f} GiB (on a CPU of the process); "
-        f"activations without compilation {activations / 2**30:.2f} GiB (counted)"
-    )
+        pairs["compiled over eager"] = (work, t.step)
+    work()
+    memory, activations = peak_memory(bench.device), counted["activation_bytes"]
     parts = step_parts(t.model, t.tokenizer, t.x, t.draw(), wrap, bench.autocast)
     parts |= {"optimizer, average": t.update, "drawing noise": t.draw}
     seconds = bench.in_turns(parts)  # each alone, forward and backward
-    twins = {"compiled over eager": (work, t.step)} if wrap else {}
-    ratios = bench.compare(seconds, counted["part_flops"], peak, twins | train_twins(t))
-    return bench.figures | {
-        "matmul_peak": peak,
-        "step_seconds": step,
-        "tokens_per_second": tokens,
-        "mfu": flops / step / peak,
-        "peak_memory_bytes": memory,
-        "part_seconds": seconds,
-        "counted": counted,
-        "times_faster": ratios,
-    }
+    flops, part_flops = counted["step_flops"] + counted["encode_flops"], counted["part_flops"]
+    pairs |= training_pairs(t)
+    title = f"{args.config}, a training step"
+    figures = bench.measure(title, "step", work, flops, seconds, part_flops, pairs)
+    tokens = counted["tokens_a_step"] / figures["step_seconds"]
+    print(
+        f"{tokens:,.0f} tokens/s; peak memory {memory / 2**30:.2f} GiB (on a CPU of the process), "
+        f"activations without compilation {activations / 2**30:.2f} GiB (counted)"
+    )
+    measured = {"tokens_per_second": tokens, "peak_memory_bytes": memory, "counted": counted}
+    return figures | measured
 
 
-def peak_memory(bench, work) -> int:
-    """Return bytes: of tensors during work() on a GPU, else of the process; 0 if unknown."""
-    work()  # what is made once is made
-    if bench.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        work()
+def peak_memory(device) -> int:
+    """Return bytes: of tensors on a GPU, else of the whole process; 0 if the system cannot say."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(ImportError):
         resource = importlib.import_module("resource")  # not on Windows
@@ -212,48 +205,37 @@ def peak_memory(bench, work) -> int:
     return 0
 
 
-def train_twins(t) -> dict:
+def training_pairs(t) -> dict:
     """Return {name: (fast, slow)} of ways to do the same, forward and backward."""
-    model, device, threads = t.model, t.bench.device, torch.get_num_threads()
-    f = torch.randn(len(t.x), t.cfg.data.frames, model.tokens, model.channels, device=device)
-    draws, half = t.draw(), t.draw(0.5)
+    model, shape = t.model, (len(t.x), t.cfg.data.frames, t.model.tokens, t.model.channels)
+    f, draws, half = torch.randn(shape, device=t.x.device), t.draw(), t.draw(0.5)
 
-    def loss(way=lambda f, draws: model(f, draws)[0], draws=draws, precision=t.bench.precision):
-        with autocast(device, precision):
-            out = way(f, draws)
+    def both_ways(way, *args):
+        with t.bench.autocast():
+            out = way(*args)
         out.backward()
 
+    def loss(draws, recompute=t.cfg.train.recompute):
+        model.set_recompute(recompute)
+        both_ways(lambda: model(f, draws)[0])
+        model.set_recompute(t.cfg.train.recompute)
+
     def everywhere():
-        loss(partial(loss_everywhere, model), half)
+        both_ways(loss_everywhere, model, f, half)
 
     def temporal():
-        loss(lambda f, draws: model.temporal(f).sum())
+        both_ways(lambda: model.temporal(f).sum())
 
     def masked():
         with mock.patch.object(CausalAttention, "attend", masked_attend):
             temporal()
 
-    def recompute(on):
-        model.set_recompute(on)
-        loss()
-        model.set_recompute(t.cfg.train.recompute)
-
-    def on(count):
-        torch.set_num_threads(count)
-        loss()
-        torch.set_num_threads(threads)
-
     kept = "all kept for the backward pass, instead of train.recompute"
-    twins = {
-        "head on the masked tokens only, mask ratio 0.5": (partial(loss, draws=half), everywhere),
+    return {
+        "head on the masked tokens only, mask ratio 0.5": (partial(loss, half), everywhere),
         "temporal transformer by windows instead of under a mask": (temporal, masked),
-        kept: (partial(recompute, False), partial(recompute, True)),
+        kept: (partial(loss, draws, False), partial(loss, draws, True)),
     }
-    if device.type == "cpu":
-        twins[f"{threads} threads instead of one"] = (partial(on, threads), partial(on, 1))
-        fp32, bf16 = (partial(loss, precision=name) for name in ("fp32", "bf16"))
-        twins["fp32 instead of bf16"] = (fp32, bf16)
-    return twins
 
 
 def bench_busy(cfg, args) -> dict:
@@ -274,18 +256,15 @@ def bench_busy(cfg, args) -> dict:
             times[name] += [bench.seconds(step) for _ in range(args.repeats)]
     second.kill()
     alone, beside = (statistics.median(of) for of in times.values())
+    ratio = beside / alone
     names = ("OMP_NUM_THREADS", *config.WAITING)
     environment = {name: os.environ[name] for name in names if name in os.environ}
     print(
         f"{bench.name}, {torch.get_num_threads()} threads, {environment}: {1e3 * alone:.4g} ms a "
-        f"step alone, {1e3 * beside:.4g} ms beside a second copy, {beside / alone:.2f} times as long"
+        f"step alone, {1e3 * beside:.4g} ms beside a second copy: {ratio:.2f} times as long"
     )
-    ratio = beside / alone
-    return bench.figures | {
-        "environment": environment,
-        "seconds": times,
-        "beside_over_alone": ratio,
-    }
+    measured = {"environment": environment, "seconds": times, "beside_over_alone": ratio}
+    return bench.figures | measured
 
 
 def take_steps(cfg, ready, go):
@@ -300,119 +279,43 @@ def take_steps(cfg, ready, go):
 # ----------------------------------------------------------------------------------- sampling
 
 
-class Sampling:
-    """A model to sample from, with made-up weights and context: the window is full."""
-
-    def __init__(self, cfg, bench):
-        self.cfg, self.bench, device = cfg, bench, bench.device
-        model, tokenizer, _, _ = build_parts(cfg)
-        self.model, self.tokenizer = (
-            net.to(device).eval().requires_grad_(False) for net in (model, tokenizer)
-        )
-        for p in self.model.parameters():  # what starts at zero could be cheaper
-            p.copy_(torch.where(p == 0, 0.02 * torch.randn_like(p), p))
-        to_precision(bench.precision, self.model, self.tokenizer)
-        self.fast = copy.deepcopy(self.model)
-        if compiles(cfg, device):
-            compile_parts(self.fast)
-        shape = (cfg.sample.clips, cfg.model.window, model.tokens, model.channels)
-        self.context = torch.randn(shape, device=device)
-
-    def frames(self, model=None, way=sample.generate, count=10**9, **changes):
-        """Return a function that generates one frame more of all clips."""
-        window, clips = self.context.shape[1], range(len(self.context))
-        opts = replace(self.cfg.sample, context=window, frames=window + count, **changes)
-        frames = way(model or self.fast, self.context, opts, 0, clips)
-        return self.bench.cast(lambda: next(frames))
-
-    def slow_frame(self):
-        return self.frames(self.model, slow_frames, 1)()
-
-
 def bench_sample(cfg, args) -> dict:
-    """Measure a generated frame of sample.clips clips: time, MFU, parts, fast ways and slow ones."""
-    bench, counted, opts = Bench(cfg, args.repeats), count(cfg), cfg.sample
-    s, clips, window = Sampling(cfg, bench), cfg.sample.clips, cfg.model.window
-    flops = clips * counted["sampling_flops_a_frame"]
-    frame, peak = bench.against_products(
-        s.frames(), flops, f"{args.config}, a frame of {clips} clips"
-    )
-    print(
-        f"{clips / frame:,.1f} frames/s, S = {opts.steps}, {opts.solver_steps} {opts.solver} steps"
-    )
-    more = s.frames()
+    """Measure a frame of sample.clips clips, the window full: time, MFU, parts, the slow way."""
+    bench, counted, window = Bench(cfg, args.repeats), count(cfg), cfg.model.window
+    model = build_parts(cfg)[0].to(bench.device).eval().requires_grad_(False)
+    for p in model.parameters():  # what starts at zero could be cheaper
+        p.copy_(torch.where(p == 0, 0.02 * torch.randn_like(p), p))
+    to_precision(bench.precision, model)
+    fast, compiled = copy.deepcopy(model), compiles(cfg, bench.device)
+    if compiled:
+        compile_parts(fast)
+    clips = range(cfg.sample.clips)
+    shape = (len(clips), window, model.tokens, model.channels)
+    context = torch.randn(shape, device=bench.device)
+
+    def frames(model, way=sample.generate):
+        """Return a function that generates one frame more."""
+        opts = replace(cfg.sample, context=window, frames=10**9)
+        endless = way(model, context, opts, 0, clips)
+        return bench.cast(lambda: next(endless))
+
+    more = frames(fast)
     more()  # the context's turn
-    with watched(s.fast, bench.clock) as sums:
+    with watched(fast, bench.clock) as sums:
         whole = sum(bench.seconds(more) for _ in range(args.repeats))
     parts = sums | {"rest": whole - sum(sums.values())}
     parts = {name: seconds / args.repeats for name, seconds in parts.items()}
-    rollout = [bench.seconds(more) for _ in range(ROLLOUT)]
-    flat = bench.ratio(s.frames(), more)
-    scales = {"one branch (1, 1)": (1, 1), "two branches (1.5, 1.5)": (1.5, 1.5)}
-    if s.model.canvas:  # else there are two at most
-        scales["three branches (1.5, 2)"] = (1.5, 2)
-    branches = bench.in_turns(
-        {name: s.frames(cfg_temporal=t, cfg_canvas=c) for name, (t, c) in scales.items()}
-    )
-    x = torch.zeros(1, opts.context, 3, cfg.data.size, cfg.data.size, device=bench.device)
-    one = replace(opts, frames=opts.context + 1)
-    first = partial(sample.continue_clips, s.fast, s.tokenizer, x, one, 0, [0])
-    latency = bench.in_turns({"": bench.cast(first)})[""]
-    print(f"frames after {ROLLOUT} others take {flat:.3f} times as long as the first ones")
-    print(f"first frame of one clip, pixels to pixels: {1e3 * latency:.4g} ms")
-    times = ", ".join(f"{name} {1e3 * seconds:.4g} ms" for name, seconds in branches.items())
-    print(f"guidance: {times}")
-    slow = f"the sampler over one without cache (past of {window + 1} frames), all tokens and three"
-    twins = {f"{slow} branches at every step": (s.frames(s.model), s.slow_frame)}
-    if compiles(cfg, bench.device):
-        twins["compiled over eager"] = (s.frames(), s.frames(s.model))
-    part_flops = {name: clips * n for name, n in counted["sampling_flops_by_part"].items()}
-    ratios = bench.compare(parts, part_flops, peak, twins | sample_twins(s))
-    return bench.figures | {
-        "matmul_peak": peak,
-        "frame_seconds": frame,
-        "frames_per_second": clips / frame,
-        "share_of_floor": flops / frame / peak,
-        "part_seconds": parts,
-        "rollout_seconds": rollout,
-        "late_over_early": flat,
-        "first_frame_seconds": latency,
-        "branch_seconds": branches,
-        "counted": counted,
-        "times_faster": ratios,
-    }
-
-
-@torch.no_grad()
-def sample_twins(s, frames=64) -> dict:
-    """Return {name: (fast, slow)}: the cache and not, decoding at once and one by one."""
-    temporal = copy.deepcopy(s.model.temporal)
-    prev = torch.randn(1, frames, s.model.tokens, s.model.channels, device=s.bench.device)
-    for block in temporal.blocks:
-        block.attention.window = temporal.window = frames
-    cache = Cache(temporal)
-    s.bench.cast(partial(temporal, prev, cache))()
-    no_grad = torch.no_grad()
-
-    def cached():
-        cache.frames = frames - 1
-        temporal(prev[:, -1:], cache)
-
-    def one_by_one():
-        for i in range(frames):
-            s.tokenizer.decode(prev[:, i : i + 1])
-
-    ways = {
-        f"cached temporal transformer over computing all of {frames} frames again, one clip": (
-            cached,
-            partial(temporal, prev),
-        ),
-        f"decoding {frames} frames of a clip at once over one by one": (
-            partial(s.tokenizer.decode, prev),
-            one_by_one,
-        ),
-    }
-    return {name: [no_grad(s.bench.cast(way)) for way in both] for name, both in ways.items()}
+    by_part = counted["sampling_flops_by_part"]
+    part_flops = {name: len(clips) * flops for name, flops in by_part.items()}
+    pairs = {"compiled over eager": (frames(fast), frames(model))} if compiled else {}
+    slow = "the sampler over one without cache, all tokens and three branches at every step"
+    pairs[slow] = (frames(model), lambda: frames(model, slow_frames)())
+    title = f"{args.config}, a frame of {len(clips)} clips, S = {cfg.sample.steps}"
+    flops = sum(part_flops.values())
+    figures = bench.measure(title, "frame", more, flops, parts, part_flops, pairs)
+    rate = len(clips) / figures["frame_seconds"]
+    print(f"{rate:,.1f} frames/s")
+    return figures | {"frames_per_second": rate, "counted": counted}
 
 
 # ----------------------------------------------------------------------- arithmetic and memory
@@ -429,8 +332,8 @@ def bench_cost(cfg, args) -> dict:
     print(
         f"{args.config}: {c['parameters'] / 1e6:.1f} M parameters ({parts}), "
         f"tokenizer {c['tokenizer_parameters'] / 1e6:.1f} M\n"
-        f"{cfg.data.frames} frames of {cfg.data.size}x{cfg.data.size}, {c['tokens_a_frame']} tokens "
-        f"of {cfg.tokenizer.channels} channels each; {args.gpus} GPUs x {cfg.train.batch} x "
+        f"{cfg.data.frames} frames of {cfg.data.size}x{cfg.data.size}, {c['tokens_a_frame']} "
+        f"tokens of {cfg.tokenizer.channels} channels each; {args.gpus} GPUs x {cfg.train.batch} x "
         f"{cfg.train.accumulate} = {per_step * cfg.train.batch} clips and "
         f"{per_step * c['tokens_a_step']:,} tokens a step, {cfg.train.steps:,} steps\n"
         f"{per_step * c['step_flops'] / 1e12:.2f} TFLOP a step, encoding another "

@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from argparse import Namespace
