@@ -10,7 +10,6 @@ NAME.png, NAME.md or both, to results/evidence. Guidance scales are chosen on ot
 are scored. Rows of arms that are no longer trained stay in the files.
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -26,14 +25,12 @@ from pathlib import Path
 from support import config  # before torch: it says how threads wait
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fvd
 from studies import figures, flops
 from support import metrics, storage
 from support.config import UserError, log
 from support.protocols import Run, collect, held_out_losses, ratio
-from support.runs import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -240,11 +237,9 @@ def score(run, opts, samples) -> dict:
     }
 
 
-@functools.cache
-def cost(cfg, opts) -> float:
+def cost(run, opts) -> float:
     """Return the FLOPs of a further frame of one clip, with all branches of the guidance."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return float(sum(flops.frame_flops(build_model(cfg), opts).values()))
+    return float(sum(flops.frame_flops(run.model, opts).values()))
 
 
 class Rows:
@@ -306,12 +301,10 @@ class Rows:
             c = run.model.choice = replace(run.cfg.choice, temperature=choice_temperature)
             way |= {"cfg_choice": c.cfg, "choice_steps": c.solver_steps}
             way |= {"choice_temperature": c.temperature}
-        alike = replace(run.cfg, run="", seed=0)  # whatever the seed, it costs the same
-        alike = replace(alike, tokenizer=replace(alike.tokenizer, checkpoint=""))
         return self.add(
             run,
             {"arm": arm, "seed": seed, **way, "samples": samples},
-            lambda: {"flops": cost(alike, opts)} | score(run, opts, samples),
+            lambda: {"flops": cost(run, opts)} | score(run, opts, samples),
         )
 
 

@@ -28,7 +28,9 @@ def count(cfg: Config) -> dict:
     `state_bytes`: weights, gradients, AdamW's two moments and the average, in fp32.
     Attention's backward counts 2.5 times its forward, with what it computes again.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.device("meta"):
+        sampling = frame_flops(build_model(cfg), cfg.sample)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # computes as a CPU, autocast as well
         model, tokenizer, x, draws = build_parts(cfg)
         f = torch.zeros(*x.shape[:2], model.tokens, model.channels)
         activations = activation_bytes(model, f, draws)
@@ -38,7 +40,6 @@ def count(cfg: Config) -> dict:
         frames = cfg.tokenizer.batch * cfg.data.frames
         images = torch.zeros(frames, *x.shape[2:])
         noise = torch.zeros(frames, cfg.tokenizer.channels, cfg.grid, cfg.grid)
-        sampling = frame_flops(model, cfg.sample)
         parameters = parameter_count(model)
         return {
             "parameters": parameters,
@@ -123,7 +124,7 @@ def step_parts(model, tokenizer, x, draws, wrap=None, autocast=contextlib.nullco
 def frame_flops(model, opts) -> dict:
     """Return {part: FLOPs} of a further frame of one clip, the temporal window full."""
     window = model.temporal.window
-    context = torch.zeros(1, window, model.tokens, model.channels)
+    context = model.start.new_zeros(1, window, model.tokens, model.channels)
     frames = generate(model, context, replace(opts, context=window, frames=window + 2), 0, [0])
     with counter() as flops, watched(model, flops.get_total_flops) as parts:
         next(frames)  # the context's turn as well
