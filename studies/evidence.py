@@ -190,7 +190,7 @@ def check_run(folder, cfg):
 
 
 def open_run(plan, arm, seed, tune=False, frames=None) -> Run:
-    """Open a trained arm on the clips that are scored, or to tune on as many others between them."""
+    """Open a trained arm on the clips to score, or on as many others between them to tune on."""
     folder, cfg = run_folder(plan, arm, seed), config.load(plan.config, overrides(plan, arm, seed))
     latest = folder / "latest.pt"
     if not latest.exists() or storage.read(latest, "model")["step"] != cfg.train.steps:

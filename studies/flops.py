@@ -29,7 +29,10 @@ def count(cfg: Config) -> dict:
     Attention's backward counts 2.5 times its forward, with what it computes again.
     """
     with torch.device("meta"):
-        sampling = frame_flops(build_model(cfg), cfg.sample)
+        model, opts = build_model(cfg), cfg.sample
+    # Solver steps cost alike: one and two are counted.
+    once, twice = (frame_flops(model, replace(opts, solver_steps=k)) for k in (1, 2))
+    sampling = {k: once[k] + (opts.solver_steps - 1) * (twice[k] - once[k]) for k in once}
     with FakeTensorMode(allow_non_fake_inputs=True):  # computes as a CPU, autocast as well
         model, tokenizer, x, draws = build_parts(cfg)
         f = torch.zeros(*x.shape[:2], model.tokens, model.channels)
