@@ -10,14 +10,42 @@ from canvas import CanvasMAR
 from studies import flops
 
 
+RECOMPUTING = ("train.batch=3", "model.mar_depth=3", "train.recompute=true")
+
+
+def computed(*overrides) -> tuple[dict, int, int]:
+    """FLOPs of the parts and of the step, and bytes kept, of real tensors."""
+    model, tokenizer, x, draws = flops.build_parts(tiny(*overrides))
+    f = torch.zeros(*x.shape[:2], model.tokens, model.channels)
+    kept = flops.activation_bytes(model, f, draws)
+    model.set_recompute(False)
+    parts = flops.step_parts(model, tokenizer, x, draws)
+    step = flops.flops_of(lambda: model(f, draws)[0].backward())
+    return {name: flops.flops_of(work) for name, work in parts.items()}, step, kept
+
+
 def test_counting_without_computing_counts_what_computing_does():
-    cfg = tiny("train.batch=3")
-    counted = flops.count(cfg)
-    model, _, _, draws = flops.build_parts(cfg)
-    f = torch.zeros(3, 3, 16, 2)
-    computed = flops.flops_of(lambda: model(f, draws)[0].backward())
-    assert counted["step_flops"] == computed > 0
-    kept = {}
+    cfg = tiny(*RECOMPUTING)
+    counted, model = flops.count(cfg), tiny_model(*RECOMPUTING)
+    parts, step, kept = computed(*RECOMPUTING)
+    assert counted["part_flops"] == parts and counted["encode_flops"] == parts["encode"] > 0
+    assert counted["step_flops"] == step > 0 and counted["activation_bytes"] == kept > 0
+    _, plain_step, plain_kept = computed(*RECOMPUTING[:2])
+    assert plain_step == step and kept < 0.8 * plain_kept  # recomputing is no arithmetic of it
+    assert counted["sampling_flops_by_part"] == flops.frame_flops(model, cfg.sample)
+    assert counted["sampling_flops_a_frame"] == sum(counted["sampling_flops_by_part"].values())
+    alone = model.start.numel() + model.null.numel()
+    parameters = sum(p.numel() for p in model.parameters())
+    assert counted["parameters"] == parameters == sum(counted["parts"].values()) + alone
+    assert counted["tokens_a_frame"] == 16 and counted["tokens_a_step"] == 3 * 3 * 16
+    _, twice_step, twice_kept = computed("train.batch=6", *RECOMPUTING[1:])
+    assert twice_step == pytest.approx(2 * step, rel=1e-3)
+    assert twice_kept == pytest.approx(2 * kept, rel=0.1)
+
+
+def test_what_is_kept_for_the_backward_is_counted_once_and_without_weights():
+    model, _, _, draws = flops.build_parts(tiny("train.batch=3"))
+    f, kept = torch.zeros(3, 3, 16, 2), {}
 
     def keep(t):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
@@ -28,17 +56,7 @@ def test_counting_without_computing_counts_what_computing_does():
         loss, _ = model(f, draws)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     stored = sum(s.nbytes() for pointer, s in kept.items() if pointer not in weights)
-    assert counted["activation_bytes"] == stored > 0
-    alone = model.start.numel() + model.null.numel()
-    assert (
-        counted["parameters"]
-        == sum(p.numel() for p in tiny_model().parameters())
-        == sum(counted["parts"].values()) + alone
-    )
-    assert counted["tokens_a_frame"] == 16 and counted["tokens_a_step"] == 3 * 3 * 16
-    twice = flops.count(tiny("train.batch=6"))
-    assert twice["step_flops"] == pytest.approx(2 * counted["step_flops"], rel=1e-3)
-    assert twice["activation_bytes"] == pytest.approx(2 * counted["activation_bytes"], rel=0.1)
+    assert flops.activation_bytes(model, f, draws) == stored > 0
 
 
 def test_convolutions_in_groups_and_attention_are_counted_by_hand():
@@ -50,10 +68,13 @@ def test_convolutions_in_groups_and_attention_are_counted_by_hand():
     assert counted == 3 * linear + 3 * convolution + products + 2.5 * products
 
 
+def frame(*overrides) -> dict:
+    return flops.frame_flops(tiny_model(*overrides), tiny(*overrides).sample)
+
+
 def test_sampling_costs_grow_with_steps_and_guidance():
     def cost(*overrides):
-        cfg = tiny("sample.cfg_temporal=1", "sample.cfg_canvas=1", *overrides)
-        return flops.count(cfg)["sampling_flops_a_frame"]
+        return sum(frame("sample.cfg_temporal=1", "sample.cfg_canvas=1", *overrides).values())
 
     assert cost("sample.steps=4") > cost("sample.steps=2") > cost("sample.steps=1")
     four, two, one = (cost(f"sample.solver_steps={k}") for k in (4, 2, 1))
@@ -64,36 +85,25 @@ def test_sampling_costs_grow_with_steps_and_guidance():
 
 @pytest.mark.parametrize("latent", [0, 5])
 def test_the_parts_of_a_step_add_up_to_the_step(latent):
-    cfg = tiny("model.mar_depth=2", "train.batch=5", f"choice.latent={latent}")
-    counted = flops.count(cfg)
-    parts = sum(n for name, n in counted["part_flops"].items() if name != "encode")
+    parts, step, _ = computed("model.mar_depth=2", "train.batch=5", f"choice.latent={latent}")
     # but for the gradients of inputs that need none
-    assert parts == pytest.approx(counted["step_flops"], rel=0.01)
-    assert "canvas" not in flops.count(tiny("model.canvas=false"))["part_flops"]
+    assert sum(parts.values()) - parts["encode"] == pytest.approx(step, rel=0.01)
+    assert "canvas" in parts and "canvas" not in computed("model.canvas=false")[0]
 
 
 @pytest.mark.parametrize("solver", ["euler", "midpoint"])
 def test_the_parts_of_a_frame_add_up_to_what_sampling_one_computes(solver):
     guided = ("sample.cfg_temporal=1.5", "sample.cfg_canvas=2")
-    cfg = tiny(*guided, "sample.solver_steps=5", f"sample.solver={solver}")
-    counted, model = flops.count(cfg), tiny_model()
-    parts = counted["sampling_flops_by_part"]
-    assert sum(parts.values()) == counted["sampling_flops_a_frame"] and parts["rest"] == 0
+    overrides = (*guided, "sample.solver_steps=5", f"sample.solver={solver}")
+    parts, model = frame(*overrides), tiny_model()
+    assert parts["rest"] == 0
     assert min(parts[k] for k in ("temporal", "canvas", "masked transformer", "head")) > 0
     context, totals = torch.zeros(1, 2, model.tokens, model.channels), []
     for frames in (3, 4):  # the window is full from the first
-        opts = flops.replace(cfg.sample, context=2, frames=frames)
+        opts = flops.replace(tiny(*overrides).sample, context=2, frames=frames)
         work = sample.generate(model, context, opts, 0, [0])
         totals.append(flops.flops_of(lambda: list(work)))
-    assert counted["sampling_flops_a_frame"] == totals[1] - totals[0]
-
-
-def test_recomputing_is_not_counted_as_arithmetic_of_the_model():
-    plain, again = (
-        flops.count(tiny(f"train.recompute={r}", "model.mar_depth=3")) for r in ("false", "true")
-    )
-    assert plain["step_flops"] == again["step_flops"] and plain["part_flops"] == again["part_flops"]
-    assert again["activation_bytes"] < 0.8 * plain["activation_bytes"]
+    assert sum(parts.values()) == totals[1] - totals[0]
 
 
 def test_the_last_mlp_costs_only_what_is_asked_for():
