@@ -18,11 +18,9 @@ from hypothesis import settings  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support import config  # noqa: E402
-import sample  # noqa: E402
-from support import storage  # noqa: E402
 import train as train_script  # noqa: E402
 from canvas import CanvasMAR  # noqa: E402
+from support import config, pictures, runs, storage  # noqa: E402
 
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")
@@ -76,7 +74,7 @@ def tiny(*overrides) -> config.Config:
 def tiny_model(*overrides) -> CanvasMAR:
     """A tiny CanvasMAR whose every parameter is random: what starts at zero would hide mistakes."""
     torch.manual_seed(0)
-    model = CanvasMAR(tiny(*overrides)).eval()
+    model = runs.build_model(tiny(*overrides)).eval()
     for p in model.parameters():
         p.data = 0.3 * torch.randn(p.shape)
     return model
@@ -128,7 +126,9 @@ def within_seconds(seconds):
 @pytest.fixture
 def here(monkeypatch, capsys, tmp_path):
     """train.py inside this process, without its pictures: here(file, "train.lr=1") -> (exit status, stderr)."""
-    for module, name in ((sample, "figure"), (sample, "write_mp4"), (storage, "draw_curves")):
+    for module, name in (
+        (pictures, name) for name in ("figure", "write_mp4", "write_gif", "draw_curves")
+    ):
         monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(storage, "PATIENCE", 0.2)
     monkeypatch.setattr(train_script, "HELD_OUT", 6)

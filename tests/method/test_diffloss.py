@@ -75,9 +75,9 @@ def test_a_velocity_that_leads_to_the_data_has_no_loss_and_the_solver_follows_it
         torch.randn(2, 7, 3, generator=g),
         0.9 * torch.rand(2, 7, generator=g),
     )
-    net.velocity = lambda x, t, condition: (f - x) / (1 - torch.as_tensor(t)[..., None])
+    net.velocity = lambda x, t, cond: (f - x) / (1 - torch.as_tensor(t)[..., None])
     torch.testing.assert_close(
-        net.loss(f, torch.zeros(7, 5), tau, eps), torch.zeros(7), atol=1e-8, rtol=0
+        net(f, torch.zeros(7, 5), tau, eps), torch.zeros(7), atol=1e-8, rtol=0
     )
     torch.testing.assert_close(
         solve(lambda x, t: net.velocity(x, t, None), eps[0], 5), f, atol=1e-4, rtol=0
@@ -92,10 +92,9 @@ def test_loss_is_the_squared_velocity_error_averaged_over_repeats(seed):
     slow = torch.zeros(2, 4)
     for r in range(6):
         t = tau[:, r, :, None]
-        slow += (net((1 - t) * eps[:, r] + t * f, tau[:, r], c) - (f - eps[:, r])).square().mean(
-            -1
-        ) / 6
-    torch.testing.assert_close(net.loss(f, c, tau, eps), slow)
+        v = net.velocity((1 - t) * eps[:, r] + t * f, tau[:, r], net.c_proj(c))
+        slow += (v - (f - eps[:, r])).square().mean(-1) / 6
+    torch.testing.assert_close(net(f, c, tau, eps), slow)
 
 
 @given(st.integers(0, 2**31))
@@ -113,7 +112,7 @@ def test_blocks_are_modulated_and_gated_by_the_condition(seed):
 
 def test_shapes_of_the_velocity_broadcast():
     net = head()
-    x, tau, condition = torch.randn(4, 6, 3), torch.rand(1), net.condition(torch.randn(2, 4, 6, 5))
+    x, tau, condition = torch.randn(4, 6, 3), torch.rand(1), net.c_proj(torch.randn(2, 4, 6, 5))
     each = net.velocity(x.expand(2, 4, 6, 3), tau.expand(2, 4, 6), condition)
     torch.testing.assert_close(net.velocity(x, tau, condition), each)
 
@@ -121,7 +120,7 @@ def test_shapes_of_the_velocity_broadcast():
 def test_a_new_head_predicts_zero_and_its_loss_is_that_of_zero():
     net = DiffLoss(3, 5, 8, 2)
     f, eps = torch.randn(2, 1, 4, 3)
-    loss = net.loss(f, torch.randn(1, 4, 5), torch.rand(1, 1, 4), eps[:, None])
+    loss = net(f, torch.randn(1, 4, 5), torch.rand(1, 1, 4), eps[:, None])
     torch.testing.assert_close(loss, (f - eps).square().mean(-1))
 
 

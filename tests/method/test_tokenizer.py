@@ -9,13 +9,14 @@ from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer as vae
+from support import runs
 from support.config import UserError
+from tokenizer import Tokenizer
 
 
 def build(stride=4, channels=3, width=8):
     torch.manual_seed(0)
-    return vae.Tokenizer(
+    return Tokenizer(
         dataclasses.replace(tiny().tokenizer, stride=stride, channels=channels, width=width)
     ).eval()
 
@@ -74,8 +75,8 @@ def test_training_noise_has_the_posterior_scale():
 def test_a_file_gives_back_the_same_tokenizer(tmp_path):
     net = build()
     net.measure_statistics([torch.rand(2, 2, 3, 16, 16)])
-    vae.save(net, tmp_path / "t.pt")
-    again = vae.load(tmp_path / "t.pt")
+    runs.save_tokenizer(net, tmp_path / "t.pt")
+    again = runs.load_tokenizer(tmp_path / "t.pt")
     assert again.fingerprint() == net.fingerprint() and again.cfg == net.cfg
     again.mean += 1
     assert again.fingerprint() != net.fingerprint()
@@ -85,16 +86,16 @@ def test_a_file_gives_back_the_same_tokenizer(tmp_path):
 def test_wrong_files_are_refused_in_words(tmp_path):
     net, file = build(), tmp_path / "t.pt"
     with pytest.raises(UserError, match="there is no"):
-        vae.load(file)
-    vae.save(net, file)
+        runs.load_tokenizer(file)
+    runs.save_tokenizer(net, file)
     with pytest.raises(UserError, match="tokenizer.stride=4, the configuration says 2"):
-        vae.load(file, expect=dataclasses.replace(net.cfg, stride=2))
+        runs.load_tokenizer(file, expect=dataclasses.replace(net.cfg, stride=2))
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(UserError, match="damaged"):
-        vae.load(file)
+        runs.load_tokenizer(file)
     torch.save({"something": 1}, file)
     with pytest.raises(UserError, match="not a tokenizer"):
-        vae.load(file)
+        runs.load_tokenizer(file)
 
 
 def test_a_hostile_pickle_runs_nothing(tmp_path):
@@ -109,5 +110,5 @@ def test_a_hostile_pickle_runs_nothing(tmp_path):
     ):
         write()
         with pytest.raises(UserError, match="damaged or no checkpoint"):
-            vae.load(file)
+            runs.load_tokenizer(file)
         assert not (tmp_path / "ran").exists()
