@@ -155,7 +155,7 @@ class Training:
             f = (encode or self.tokenizer.encode)(self.x)
         draws = self.draw()
         with self.bench.autocast():
-            loss, _ = (net or self.model)(f, draws)
+            loss, _ = (self.model if net is None else net)(f, draws)
         loss.backward()
         self.update()
 
