@@ -119,6 +119,7 @@ def test_the_first_training_goes_alone_and_then_as_many_at_once_as_jobs(plan, mo
 
 def test_only_what_the_named_parts_score_is_trained(monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(evidence, "arms", ARMS)
 
     def trained(*parts):
         return list(dict.fromkeys(arm for arm, _ in evidence.trainings(evidence.Plan(), parts)))
@@ -144,7 +145,7 @@ def test_a_cell_is_scored_and_says_all_that_it_depends_on(plan):
     rows, run = evidence.Rows(plan, "cell"), evidence.open_run(plan, CHOOSING, 0)
     usual = rows.sample(run, CHOOSING, 0, steps=1)
     hotter = rows.sample(run, CHOOSING, 0, steps=1, choice_temperature=2.0)
-    assert {k for k in hotter if hotter[k] != usual[k]} > {"choice_temperature", "right_by_frame"}
+    assert {k for k in hotter if hotter[k] != usual[k]} > {"choice_temperature", "frechet"}
     assert (
         usual["choice_temperature"] == 1
         and usual["choice_steps"] == 5 == run.cfg.choice.solver_steps
@@ -161,6 +162,7 @@ def test_a_cell_is_scored_and_says_all_that_it_depends_on(plan):
 
 def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(plan, monkeypatch):
     monkeypatch.setattr(evidence, "score", made_up)
+    monkeypatch.setattr(evidence, "cost", lambda run, opts: float(opts.steps))
     monkeypatch.setattr(sys, "argv", ["evidence.py", "--name", "t"])
     out = Path("results/t")
     shutil.rmtree(out, ignore_errors=True)
