@@ -338,7 +338,7 @@ def best_scales(plan) -> dict:
     equally cheap pairs it is the best.
     """
     cells, best = {}, {}
-    for row in do(plan, "guidance"):
+    for row in score_part(plan, "guidance"):
         pair = (row["cfg_temporal"], row["cfg_canvas"])
         cells.setdefault(row["arm"], {}).setdefault(pair, []).append(row)
     for arm, of in cells.items():
@@ -458,12 +458,11 @@ def draw(plan, name):
         config.write_text(out / f"{name}.md", figures.TABLES[name](rows))
 
 
-def do(plan, name) -> list[dict]:
-    """Do one part: what is scored, its JSON file, its figure and its table. Return its rows."""
+def score_part(plan, name) -> list[dict]:
+    """Score what one part needs, write its JSON file and return its rows."""
     rows = Rows(plan, name)
     PARTS[name](plan, rows)
     rows.finish()
-    draw(plan, name)
     return rows.asked
 
 
@@ -496,7 +495,8 @@ def main():
             for name in {**figures.DRAWN, **figures.TABLES}:
                 draw(plan, name)
         else:
-            do(plan, part)
+            score_part(plan, part)
+            draw(plan, part)
     print(f"the results are in {out_folder(plan)}")
 
 

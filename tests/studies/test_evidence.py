@@ -163,17 +163,19 @@ def test_a_cell_is_scored_and_says_all_that_it_depends_on(plan):
 def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(plan, monkeypatch):
     monkeypatch.setattr(evidence, "score", made_up)
     monkeypatch.setattr(evidence, "cost", lambda run, opts: float(opts.steps))
-    monkeypatch.setattr(sys, "argv", ["evidence.py", "--name", "t"])
     out = Path("results/t")
     shutil.rmtree(out, ignore_errors=True)
-    for name in evidence.PARTS:
-        evidence.do(plan, name)
+    mine = ["--name", "t", "--config", "tiny.yaml"]
+    monkeypatch.setattr(evidence, "Plan", lambda: plan)
+    monkeypatch.setattr(evidence.Plan, "config", "config.yaml", raising=False)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *evidence.PARTS, *mine])
+    evidence.main()
     tables = {"steps", "losses", "levers", "choice"}
     assert {file.stem for file in out.glob("*.png")} == set(evidence.PARTS) - {"levers"}
     assert {file.stem for file in out.glob("*.md")} == tables
     stored = {name: json.loads((out / f"{name}.json").read_text()) for name in evidence.PARTS}
     for content in stored.values():
-        assert content["command"] == "python -m studies.evidence --name t"
+        assert content["command"].startswith("python -m studies.evidence guidance steps")
         assert content["plan"]["clips"] == 6 and content["machine"]
         assert content["config"]["model"]["canvas"]
         known = evidence.arms(evidence.base(plan))
@@ -182,7 +184,7 @@ def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(pla
     for of in ("score", "cost"):
         monkeypatch.setattr(evidence, of, lambda *_: pytest.fail("scores again"))
     for name in evidence.PARTS:
-        evidence.do(plan, name)
+        evidence.score_part(plan, name)
     again = {name: json.loads((out / f"{name}.json").read_text()) for name in evidence.PARTS}
     assert again == stored
     check_rows(plan, {name: content["rows"] for name, content in stored.items()})
@@ -191,7 +193,7 @@ def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(pla
     for file in drawn:
         if file.suffix != ".json":
             file.unlink()
-    monkeypatch.setattr(sys, "argv", ["", "draw", "--name", "t", "--config", "tiny.yaml"])
+    monkeypatch.setattr(sys, "argv", ["", "draw", *mine])
     evidence.main()
     assert {file: file.read_bytes() for file in out.iterdir()} == drawn  # from the JSON files alone
 
@@ -234,7 +236,7 @@ def test_of_scales_within_one_standard_error_the_cheapest_is_taken(monkeypatch):
         + cell("a", (1, 1), 1, (0.6, 0.6))
     )
     rows += cell("b", (2, 1), 3, (0.8, 0.8)) + cell("b", (2, 2), 2, (0.79, 0.79))
-    monkeypatch.setattr(evidence, "do", lambda plan, name: rows)
+    monkeypatch.setattr(evidence, "score_part", lambda plan, name: rows)
     assert evidence.best_scales(None) == {"a": (3, 3), "b": (2, 1)}
 
 
@@ -304,9 +306,9 @@ def test_a_part_keeps_what_it_asked_for_and_arms_that_are_no_longer_trained(plan
 
     monkeypatch.setitem(evidence.PARTS, "some", some)
     run, wanted = evidence.open_run(plan, "canvas", 0), ["canvas", "uniform", "gone"]
-    evidence.do(plan, "some")
+    evidence.score_part(plan, "some")
     wanted = ["uniform", CHOOSING]
-    evidence.do(plan, "some")
+    evidence.score_part(plan, "some")
     stored = json.loads(Path("results/t/some.json").read_text())
     assert [row["arm"] for row in stored["rows"]] == ["uniform", CHOOSING, "gone"]
     assert stored["arms"]["gone"] is None
