@@ -77,10 +77,8 @@ class CanvasMAR(nn.Module):
         """
         m, N, R = self.cfg, self.tokens, self.cfg.diffusion_repeat
         K = masked_count(frames, N) if ratio is None else max(1, round(ratio * frames * N))
-        rand, randn = (
-            partial(per_clip, torch.rand, generators),
-            partial(per_clip, torch.randn, generators),
-        )
+        rand = partial(per_clip, torch.rand, generators)
+        randn = partial(per_clip, torch.randn, generators)
 
         u, stratum = rand(frames), rand(frames).argsort(-1)
         ratios = mask_ratio((stratum + u) / frames) if ratio is None else torch.full_like(u, ratio)
@@ -89,17 +87,18 @@ class CanvasMAR(nn.Module):
         # Drawn for every token, so that a token's noise is the same at every mask ratio.
         tau = rand(R, frames * N).gather(2, index[:, None].expand(-1, R, -1))
         eps = gather_tokens(randn(frames * N, R, self.channels).flatten(2), index)
+        canvas_sigma = m.canvas_noise * m.canvas * rand(frames)[..., None, None]
+        canvas_eps = randn(frames, N, m.width)
+        past_level = m.past_noise * rand(frames - 1)[..., None, None]
         return Draws(
             index=index,
             tau=tau,
             eps=eps.unflatten(2, (R, -1)).transpose(1, 2),
-            canvas_sigma=m.canvas_noise * m.canvas * rand(frames)[..., None, None],
-            canvas_eps=randn(frames, N, m.width),
+            canvas_sigma=canvas_sigma,
+            canvas_eps=canvas_eps,
             drop_temporal=drop[:, 0] < m.drop_temporal,
             drop_canvas=drop[:, 1] < m.drop_canvas,
-            past_noise=m.past_noise
-            * rand(frames - 1)[..., None, None]
-            * randn(frames - 1, N, self.channels),
+            past_noise=past_level * randn(frames - 1, N, self.channels),
         )
 
     def set_recompute(self, recompute: bool) -> None:

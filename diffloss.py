@@ -38,15 +38,13 @@ class DiffLoss(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, f, c, tau, eps):
-        """Return the flow-matching loss of each token (..., K), the mean over R draws and C channels.
+        """Return the flow-matching loss of each token (..., K), a mean over R draws and C channels.
 
         f (..., K, C) targets, c (..., K, D) conditions; tau (..., R, K) in [0, 1] and
         eps (..., R, K, C) standard normal are the R draws.
         """
-        f, cond = (
-            f.unsqueeze(-3),
-            self.c_proj(c).unsqueeze(-3),
-        )  # (..., 1, K, C), (..., 1, K, width)
+        f = f.unsqueeze(-3)  # (..., 1, K, C)
+        cond = self.c_proj(c).unsqueeze(-3)  # (..., 1, K, width)
         t = tau.unsqueeze(-1)  # (..., R, K, 1)
         v = self.velocity((1 - t) * eps + t * f, tau, cond)  # (..., R, K, C)
         return (v.float() - (f - eps)).square().mean((-3, -1))

@@ -1,4 +1,4 @@
-"""The masked transformer, and the pure functions that say which tokens are masked, and when each is drawn.
+"""The masked transformer, and pure functions: which tokens are masked, and when each is drawn.
 
 Masked autoregression on continuous tokens after MAR (Li et al. 2024, arXiv 2406.11838).
 B clips of T frames of N tokens of C channels; model width D; K tokens asked for in each clip.
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class MAR(nn.Module):
-    """c = MAR(u), bidirectional within a frame. The canvas stands where MAR has a uniform [MASK]."""
+    """c = MAR(u), bidirectional in a frame. The canvas stands where MAR has a uniform [MASK]."""
 
     def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int):
         super().__init__()

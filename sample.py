@@ -10,7 +10,6 @@ frame comes about).
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from support import config  # before torch: it says how threads wait
 import numpy as np
@@ -56,7 +55,7 @@ def generate(model: CanvasMAR, context, opts: config.Sample, seed: int, clips):
 
 def generate_frame(model, z_t, prev, opts, streams) -> Frame:
     """Generate one frame in S steps, the canvas first. z_t (B, N, D), prev (B, N, C)."""
-    (B, N, C), device = prev.shape, prev.device
+    (_, N, C), device = prev.shape, prev.device
     order_noise = to_device([torch.rand(N, generator=g) for g in streams], device)
     eps = to_device([torch.randn(N, C, generator=g) for g in streams], device)
     z_s, f_hat, _ = model.predict_canvas(z_t, prev, generators=streams)  # (B, N, D), (B, N, C)

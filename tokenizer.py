@@ -86,7 +86,7 @@ class Tokenizer(nn.Module):
         self.std.copy_(std[:, None, None].float())
 
     def fingerprint(self) -> str:
-        """Hash weights and statistics: a model is only good with the tokenizer it was trained on."""
+        """Hash weights and statistics: a model needs the tokenizer that it was trained on."""
         digest = hashlib.sha256()
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())

@@ -185,19 +185,10 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
     if machine.ranks > 1:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=ids)
-    batches = iter(
-        data.loader(
-            source,
-            cfg.seed,
-            stage.batch,
-            first * a,
-            stage.steps * a,
-            machine.rank,
-            machine.ranks,
-            cfg.data.workers,
-            device.type == "cuda",
-        )
-    )
+    rest, process = (first * a, stage.steps * a), (machine.rank, machine.ranks)
+    workers, pin = cfg.data.workers, device.type == "cuda"
+    loader = data.loader(source, cfg.seed, stage.batch, *rest, *process, workers, pin)
+    batches = iter(loader)
     bad = torch.zeros((), dtype=torch.long, device=device)  # the first step that was not finite
     net.train()
     with progress(machine, stage, first) as advance:

@@ -1,7 +1,7 @@
-"""Configuration: YAML file + `key.sub=value` overrides -> frozen dataclasses, checked before anything is built.
+"""Configuration: a YAML file and `key.sub=value` overrides -> frozen dataclasses, checked.
 
-`config.yaml` holds every value and says what each key means; the dataclasses below hold the type and the legal range
-of each. A file may begin with `base: other.yaml` and state only what differs from it.
+`config.yaml` holds every value and says what each key means; the dataclasses below hold the type
+and the range of each. A file may begin with `base: other.yaml` and state only what differs from it.
 
     cfg = load("config.yaml", ["model.width=192", "train.lr=1e-3"])
 """
@@ -17,27 +17,34 @@ import os
 import re
 import reprlib
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-# Threads that wait actively get in each other's way as soon as anything else runs. Read when torch is loaded, so the scripts
-# import this module before it; whoever starts them may have chosen otherwise.
+# OpenMP threads that wait actively are slow as soon as anything else runs on the machine. torch
+# reads these when it is loaded, so scripts import this module first; a user's own choice is kept.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-if not os.environ.keys() & {*WAITING}:
-    os.environ.update(
-        GOMP_SPINCOUNT="1000", KMP_BLOCKTIME="0"
-    )  # turns of GNU's OpenMP, milliseconds of LLVM's
+if not os.environ.keys() & {*WAITING}:  # turns of GNU's OpenMP, milliseconds of LLVM's
+    os.environ.update(GOMP_SPINCOUNT="1000", KMP_BLOCKTIME="0")
+
+
+# ---------------------------------------------------------------------- errors and the command line
 
 
 class UserError(Exception):
-    """Something the user can put right: one line on stderr and exit status 2, without a traceback (see `run_main`)."""
+    """Something the user can put right: shown as one line, exit status 2 (see `run_main`)."""
+
+
+class OldVersion(UserError):
+    """A configuration with keys of an earlier version of this project."""
 
 
 def run_main(main):
-    """Run `main()` and end the process: a UserError, a full disk and the like are one line on stderr and exit status 2."""
+    """Run `main()` and end the process: errors of the user or the machine are one line on stderr.
+
+    The exit status is then 2, and 130 after ctrl-c. A bug keeps its traceback.
+    """
     status = 0
     if sys.stdout:  # not closed
         sys.stdout.reconfigure(errors="replace")  # of a console that cannot show all characters
@@ -57,50 +64,46 @@ def run_main(main):
     if sys.stdout:
         sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(
-            status or 0
-        )  # gloo's threads now and then abort a process that ends in the usual way
+        os._exit(status or 0)  # gloo's threads now and then abort a process that ends as usual
     sys.exit(status)
 
 
 def user_message(error: Exception) -> str | None:
-    """What to tell the user of an error that is theirs or their machine's; None for a bug, which keeps its traceback."""
+    """Return what to tell the user of an error of theirs or of their machine; None for a bug."""
     text = str(error)
     if isinstance(error, UserError):  # from a data process, torch wraps it in a traceback
         return text.rsplit("UserError: ", 1)[-1] if "Original Traceback" in text else text
-    if isinstance(error, OSError) and (
-        error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-    ):
+    disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    if isinstance(error, OSError) and (error.filename or error.errno in disk):
         return f"{error.filename or 'writing'}: {error.strerror}; what was saved before is whole"
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in text
-    ):
-        return f"out of memory ({text[:150]}); smaller models, clips and batches need less: train.batch, or --batch when sampling"
+    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if memory or "can't allocate memory" in text:
+        return (
+            f"out of memory ({text[:150]}); smaller models, clips and batches need less: "
+            "train.batch, or --batch when sampling"
+        )
     return None
 
 
 def log(text: str) -> None:
-    """A line on stderr. Nobody may be there to read it any more: the terminal was closed, or ctrl-c ended `tee` as well."""
+    """Print a line on stderr, if anybody still reads it: the terminal may have been closed."""
     with contextlib.suppress(OSError):
         print(" ".join(text.split()), file=sys.stderr, flush=True)
 
 
-def warn(text, everywhere=False):
-    """A warning on stderr; what all processes find, the first of them says."""
+def warn(text: str, everywhere: bool = False) -> None:
+    """Print a warning on stderr, of rank 0 alone or `everywhere`."""
     if everywhere or os.environ.get("RANK", "0") == "0":
         log("warning: " + text)
 
 
 def require(module: str, package: str):
-    """Import a module that only some uses need. Raises UserError that says which package to install."""
+    """Import an optional module. Raises UserError that says which package to install."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(
-            f"this needs the package {package}, which is not installed: pip install {package}"
-        ) from None
+        what = f"this needs the package {package}, which is not installed: pip install {package}"
+        raise UserError(what) from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,6 +111,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the options)")
+
+
+# --------------------------------------------------------------------------------- the sections
+
+
+def bounded(low, high=math.inf, default=dataclasses.MISSING):
+    return field(default=default, metadata={"low": low, "high": high})
 
 
 def choices(*names):
@@ -118,14 +128,7 @@ def a_path():
     return field(metadata={"path": True})
 
 
-MANY = 10**9  # beyond all that is meant; a slip of the finger should not begin to fill the memory
-
-
-def bounded(low, high=math.inf, default=dataclasses.MISSING):
-    return field(default=default, metadata={"low": low, "high": high})
-
-
-# ------------------------------------------------------------------------------------------------------ the sections
+MANY = 10**9  # more than anybody means: a typing error should not begin to fill the memory
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,7 @@ class Data:
     path: str = a_path()
     test_list: str = a_path()
     size: int = bounded(8, 4096)
-    frames: int = bounded(
-        3, 4096
-    )  # of 2 none would ever be trained with few masked tokens (mar.choose_masked)
+    frames: int = bounded(3, 4096)  # with 2, no frame is ever trained with few masked tokens
     stride: int = bounded(1, 4096)
     train_clips: int = bounded(1, MANY)
     objects: int = bounded(2, 4)
@@ -209,7 +210,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Choice:
-    """Of extensions/choice.py, the only section that a file may leave out; configs/choice.yaml says what the keys mean."""
+    """Of extensions/choice.py; the only section with defaults. See configs/choice.yaml."""
 
     latent: int = bounded(0, 4096, default=0)
     noise: float = bounded(1e-3, default=0.2)
@@ -234,18 +235,29 @@ class Config:
 
     @property
     def grid(self) -> int:
-        """Tokens along one side of a frame; a frame has grid * grid of them."""
+        """Tokens along one side of a frame, which has grid * grid of them."""
         return self.data.size // self.tokenizer.stride
 
 
-# --------------------------------------------------------------------------------------------------- load, save, check
+REMOVED = {  # keys of earlier versions
+    *(f"model.canvas_{key}" for key in ("as", "gradient", "latent", "under")),
+    *(f"model.choice_{key}" for key in ("loss", "noise", "reads", "tells", "weight")),
+    *("model.drop_choice", "sample.cfg_choice", "sample.choice_steps", "sample.choice_temperature"),
+}
+IS_REMOVED = (
+    "is a key of an earlier version of this project; go on with commit a867726, which has it, "
+    "or train anew without it (keys of the choosing canvas: configs/choice.yaml)"
+)
+
+
+# --------------------------------------------------------------------------------- load and save
 
 
 def load(path, overrides=()) -> Config:
     """Read a YAML file (and its `base` files), apply `key.sub=value` overrides, check everything.
 
-    Raises UserError for an unreadable file, an unknown or missing key (naming the nearest valid one), a value of the
-    wrong type or out of range, and sizes that do not fit together.
+    Raises UserError for an unreadable file, an unknown or missing key (naming the nearest valid
+    one), a value of the wrong type or out of range, and sizes that do not fit together.
     """
     tree = _read(Path(path), seen=())
     for override in overrides:
@@ -279,7 +291,7 @@ def save(cfg: Config, path) -> None:
 
 
 def write_text(path, text: str) -> None:
-    """Write a file aside, flush it to the disk, rename it: a crash leaves either the old file or the new one, whole."""
+    """Write to a temporary name, flush, rename: a crash leaves either the old or the new file."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -289,102 +301,26 @@ def write_text(path, text: str) -> None:
 
 def flat(cfg: Config) -> dict:
     """{'data.size': 32, ...}: every value under its dotted name."""
-    tree = to_dict(cfg)
-    sections = {k: v for k, v in tree.items() if isinstance(v, dict)}
-    values = {k: v for k, v in tree.items() if not isinstance(v, dict)}
-    return values | {f"{s}.{k}": v for s, section in sections.items() for k, v in section.items()}
-
-
-def check(cfg: Config) -> None:
-    """Sizes that must fit together; each message prints both numbers. Raises UserError."""
-    d, t, m, s, c = cfg.data, cfg.tokenizer, cfg.model, cfg.sample, cfg.choice
-    if not cfg.run:
-        raise UserError("run is empty; it names the folder that everything is written to")
-    for name, path in (
-        ("run", cfg.run),
-        ("data.path", d.path),
-        ("data.test_list", d.test_list),
-        ("tokenizer.checkpoint", t.checkpoint),
-    ):
-        try:
-            possible = b"\0" not in os.fsencode(path)
-        except UnicodeEncodeError:
-            possible = False
-        if not possible:
-            raise UserError(f"{name}={path!r} cannot be the name of a file")
-    if t.stride & (t.stride - 1):
-        raise UserError(f"tokenizer.stride={t.stride} is not a power of two")
-    if d.size % t.stride:
-        raise UserError(f"data.size={d.size} is not divisible by tokenizer.stride={t.stride}")
-    if m.width % m.heads or (m.width // m.heads) % 2:
-        raise UserError(
-            f"model.width={m.width} does not give model.heads={m.heads} heads of one even size"
-        )
-    if m.window > d.frames:
-        raise UserError(
-            f"model.window={m.window} is more than the data.frames={d.frames} of a training clip"
-        )
-    if s.context >= s.frames:
-        raise UserError(
-            f"sample.context={s.context} leaves nothing to predict of sample.frames={s.frames}; "
-            "frames counts the context too"
-        )
-    if s.steps > cfg.grid**2:
-        raise UserError(
-            f"sample.steps={s.steps} is more than the {cfg.grid**2} tokens of a frame "
-            f"(data.size={d.size}, tokenizer.stride={t.stride})"
-        )
-    if c.latent and not m.canvas:
-        raise UserError(
-            f"choice.latent={c.latent} needs the canvas (model.canvas=true), which it conditions"
-        )
-    if not c.latent and (c.cfg, c.temperature) != (1, 1):
-        raise UserError(
-            f"choice.cfg={c.cfg} and choice.temperature={c.temperature} are of the latent that the canvas is "
-            "conditioned on; choice.latent=0 has none"
-        )
-    if s.order == "motion" and not m.canvas:
-        raise UserError(
-            "sample.order=motion needs the canvas (model.canvas=true) to tell what will move"
-        )
-    if d.name != "pushing" and not d.path:
-        raise UserError(
-            f"data.name={d.name} needs data.path, the folder that holds the {'videos' if d.name == 'folder' else 'TFRecords'}"
-        )
-    if d.test_list and d.name != "folder":
-        raise UserError(
-            f"data.test_list is for data.name=folder; data.name={d.name} has a test split of its own"
-        )
-    if d.name == "pushing" and d.size not in (32, 64):
-        raise UserError(f"data.size={d.size}: the pushing world is drawn at 32 or 64 pixels")
-
-
-BROKEN = (
-    yaml.YAMLError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    RecursionError,
-)  # PyYAML raises all of them
+    values = {}
+    for name, value in to_dict(cfg).items():
+        section = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else None
+        values |= section or {name: value}
+    return values
 
 
 class Loader(yaml.BaseLoader):
-    """Every scalar as the text that stands there, parsed later by the type of its field; no key twice: PyYAML takes the
-    last one without a word."""
+    """Keep every scalar as text, parsed later by the type of its field; refuse repeated keys."""
 
     def construct_scalar(self, node):
         nothing = node.style is None and node.value in ("~", "null", "Null", "NULL")
         return "" if nothing else super().construct_scalar(node)
 
     def construct_mapping(self, node, deep=False):
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key, times in Counter(keys).items() if times > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key '{twice}' stands there twice", node.start_mark
-            )
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(f"the key '{key.value}' stands there twice")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -395,7 +331,7 @@ def _read(path: Path, seen: tuple) -> dict:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except BROKEN as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no keys")
@@ -408,97 +344,120 @@ def _read(path: Path, seen: tuple) -> dict:
 
 
 def _merge(base: dict, over: dict) -> dict:
-    both = {
-        k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v
-        for k, v in over.items()
-    }
-    return base | both
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
 
 
-REMOVED = {
-    *(f"model.canvas_{key}" for key in ("as", "gradient", "latent", "under")),
-    *(f"model.choice_{key}" for key in ("loss", "noise", "reads", "tells", "weight")),
-    *("model.drop_choice", "sample.cfg_choice", "sample.choice_steps", "sample.choice_temperature"),
-}
+# ---------------------------------------------------------------------------------------- checks
 
 
-def build(kind, tree, prefix, where):
-    """Build one section from a dict: every key known and of its type, none missing but those that have a default.
+def build(kind, tree, prefix: str, where: str):
+    """Build one section from a dict.
 
-    Raises UserError.
+    Raises UserError for an unknown key, a missing one that has no default, and a wrong value.
     """
     if not isinstance(tree, dict):
-        raise UserError(
-            f"{where}: '{prefix.rstrip('.')}' must be a section with keys, got {reprlib.repr(tree)}"
-        )
+        name, shown = prefix.rstrip("."), reprlib.repr(tree)
+        raise UserError(f"{where}: '{name}' must be a section with keys, got {shown}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in tree:
-        if f"{prefix}{key}" in REMOVED:
-            raise UserError(
-                f"{where}: {prefix}{key} is a key of an earlier version of this project; go on with commit a867726, "
-                "which has it, or train anew without it (keys of the choosing canvas: configs/choice.yaml)"
-            )
+    for key in map(str, tree):
+        name = f"{prefix}{key[:100]}"
+        if name in REMOVED:
+            raise OldVersion(f"{where}: {name} {IS_REMOVED}")
         if key not in fields:
-            near = difflib.get_close_matches(str(key)[:100], fields, n=1, cutoff=0.0)[0]
-            raise UserError(
-                f"{where}: unknown key '{prefix}{str(key)[:100]}'; did you mean '{prefix}{near}'?"
-            )
-    tree = {
-        name: to_dict(f.default) if dataclasses.is_dataclass(f.type) else f.default
-        for name, f in fields.items()
-        if f.default is not dataclasses.MISSING
-    } | tree
-    missing = [prefix + name for name in fields if name not in tree]
+            near = difflib.get_close_matches(key[:100], fields, n=1, cutoff=0.0)[0]
+            raise UserError(f"{where}: unknown key '{name}'; did you mean '{prefix}{near}'?")
+    needed = [name for name, f in fields.items() if f.default is dataclasses.MISSING]
+    missing = ", ".join(prefix + name for name in needed if name not in tree)
     if missing:
-        raise UserError(
-            f"{where}: missing {', '.join(missing)}; `base: config.yaml` as first line supplies the defaults"
-        )
+        hint = "`base: config.yaml` as first line supplies the defaults"
+        raise UserError(f"{where}: missing {missing}; {hint}")
     values = {}
-    for name, f in fields.items():
-        nested = dataclasses.is_dataclass(f.type)
-        values[name] = (
-            build(f.type, tree[name], f"{name}.", where)
-            if nested
-            else _value(f, tree[name], prefix + name, where)
-        )
+    for name, value in tree.items():
+        f = fields[name]
+        if dataclasses.is_dataclass(f.type):
+            values[name] = build(f.type, value, f"{name}.", where)
+        else:
+            values[name] = _value(f, value, f"{where}: {prefix}{name}")
     return kind(**values)
 
 
-NUMBER = re.compile(
-    r"[-+]?(0|[1-9]\d*)?(\.\d*)?([eE][-+]?\d+)?", re.ASCII
-)  # no 010, 1:30, 0x10, 1_000: YAML reads them in its own way
+# No 010, 1:30, 0x10, 1_000: YAML reads them in its own way.
+NUMBER = re.compile(r"[-+]?(0|[1-9]\d*)?(\.\d*)?([eE][-+]?\d+)?", re.ASCII)
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+EXPECTED = {int: "int, such as 10", float: "float, such as 0.1 or 1e-3", bool: "bool", str: "text"}
 
 
-def _value(f, value, name, where):
-    """One value, parsed by the type of its field where it is text; paths with the home folder in the place of `~`."""
-    kind = {int: "int, such as 10", float: "float, such as 0.1 or 1e-3"}.get(
-        f.type, f.type.__name__
-    )
-    wrong = UserError(f"{where}: {name} must be {kind}, got {reprlib.repr(value)}")
-    if f.type is bool and isinstance(value, str):
-        value = WORDS.get(value.lower(), value)
-    elif f.type is str and f.metadata.get("path") and isinstance(value, str):
-        value = os.path.expanduser(value)
-    elif f.type in (int, float) and not isinstance(value, bool):
-        try:
-            if isinstance(value, str) and not NUMBER.fullmatch(value):
-                raise ValueError
-            number = float(value)
-        except (ValueError, OverflowError, TypeError):
-            raise wrong from None
-        value = int(number) if f.type is int and number.is_integer() else number
-    if type(value) is not f.type:
-        raise wrong
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: {name} must be finite, got {value}")
-    allowed = f.metadata.get("choices")
+def _value(f: dataclasses.Field, value, name: str):
+    """Parse one value and check it against its field. Raises UserError that begins with `name`."""
+    shown = reprlib.repr(value)
+    try:
+        value = _parse(f.type, value)
+    except (ValueError, OverflowError):
+        raise UserError(f"{name} must be {EXPECTED[f.type]}, got {shown}") from None
+    if f.type is float and not math.isfinite(value):
+        raise UserError(f"{name} must be finite, got {value}")
+    allowed, low, high = (f.metadata.get(key) for key in ("choices", "low", "high"))
     if allowed and value not in allowed:
-        raise UserError(
-            f"{where}: {name} must be one of {', '.join(allowed)}, got {reprlib.repr(value)}"
-        )
-    if "low" in f.metadata and not f.metadata["low"] <= value <= f.metadata["high"]:
-        raise UserError(
-            f"{where}: {name}={value} must lie between {f.metadata['low']} and {f.metadata['high']}"
-        )
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {shown}")
+    if low is not None and not low <= value <= high:
+        raise UserError(f"{name}={value} must lie between {low} and {high}")
+    return os.path.expanduser(value) if "path" in f.metadata else value
+
+
+def _parse(kind: type, value):
+    """Return the value as `kind`, from text too. Raises ValueError where it is not plainly one."""
+    if kind is bool and isinstance(value, str):
+        value = WORDS.get(value.lower(), value)
+    elif kind in (int, float) and type(value) in (str, int, float):
+        if isinstance(value, str) and not NUMBER.fullmatch(value):
+            raise ValueError
+        value = float(value)
+        if kind is int and value.is_integer():
+            value = int(value)
+    if type(value) is not kind or (kind is str and b"\0" in os.fsencode(value)):
+        raise ValueError  # text may be the name of a file
     return value
+
+
+def check(cfg: Config) -> None:
+    """Refuse sizes that do not fit together; each message prints both. Raises UserError."""
+    for problem in _problems(cfg):
+        raise UserError(problem)
+
+
+def _problems(cfg: Config):
+    d, t, m, s, c = cfg.data, cfg.tokenizer, cfg.model, cfg.sample, cfg.choice
+    size, stride = f"data.size={d.size}", f"tokenizer.stride={t.stride}"
+    if not cfg.run:
+        yield "run is empty; it names the folder that everything is written to"
+    if t.stride & (t.stride - 1):
+        yield f"{stride} is not a power of two"
+    if d.size % t.stride:
+        yield f"{size} is not divisible by {stride}"
+    if m.width % m.heads or (m.width // m.heads) % 2:
+        yield f"model.width={m.width} does not give model.heads={m.heads} heads of one even size"
+    if m.window > d.frames:
+        yield f"model.window={m.window} is more than the data.frames={d.frames} of a training clip"
+    if s.context >= s.frames:
+        counts = f"sample.frames={s.frames}; frames counts the context too"
+        yield f"sample.context={s.context} leaves nothing to predict of {counts}"
+    if s.steps > cfg.grid**2:
+        n = f"{cfg.grid**2} tokens of a frame ({size}, {stride})"
+        yield f"sample.steps={s.steps} is more than the {n}"
+    if c.latent and not m.canvas:
+        yield f"choice.latent={c.latent} needs the canvas (model.canvas=true), which it conditions"
+    if not c.latent and (c.cfg, c.temperature) != (1, 1):
+        yield "choice.cfg and choice.temperature are of the latent; choice.latent=0 has none"
+    if s.order == "motion" and not m.canvas:
+        yield "sample.order=motion needs the canvas (model.canvas=true) to tell what will move"
+    if d.name != "pushing" and not d.path:
+        holds = "videos" if d.name == "folder" else "TFRecords"
+        yield f"data.name={d.name} needs data.path, the folder that holds the {holds}"
+    if d.test_list and d.name != "folder":
+        yield f"data.test_list is for data.name=folder; {d.name} has a test split of its own"
+    if d.name == "pushing" and d.size not in (32, 64):
+        yield f"{size}: the pushing world is drawn at 32 or 64 pixels"

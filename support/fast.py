@@ -23,7 +23,7 @@ def add_compile(parser):
 
 
 def compile_parts(model) -> None:
-    """Compile what runs most, the masked transformer and the head, once for each shape of a step."""
+    """Compile what runs most, the masked transformer and the head, once for each shape."""
     torch._dynamo.config.recompile_limit = 4096
     torch._dynamo.config.accumulated_recompile_limit = 4096
 

@@ -1,4 +1,4 @@
-"""Where it runs: device and precision, the processes that torchrun starts, and the signals that end them."""
+"""Device and precision, the processes that torchrun starts, and the signals that end them."""
 
 import contextlib
 import ctypes
@@ -23,21 +23,22 @@ from support.config import Config, UserError
 
 @dataclass
 class Machine:
-    """One of the processes that train together, and what they tell each other beside gradients."""
+    """One of the processes that train together, and what they exchange beside gradients."""
 
     device: torch.device
     rank: int
     ranks: int
     group: dist.ProcessGroup | None = None  # over the CPU
-    slow_group: dist.ProcessGroup | None = (
-        None  # the same for work that may take hours, as reading a large tree of videos
-    )
+    slow_group: dist.ProcessGroup | None = None  # for work of hours: reading a tree of videos
     busy: bool = False  # in the training loop, which ends its step and saves before it stops
     stopped: int = 0  # the signal that asked us to stop
-    asked: float = 0.0  # and when
+    asked: float = 0.0  # and when, in seconds
 
     def on_rank0(self, work: Callable):
-        """work() on rank 0 while the others wait. Its result on all of them; if it fails, rank 0 says why and all end."""
+        """Run work() on rank 0 while the others wait; return its result on all of them.
+
+        If it fails, rank 0 raises and the others end.
+        """
         result = failure = None
         if self.rank == 0:
             try:
@@ -55,7 +56,7 @@ class Machine:
         return result
 
     def all_reduce_max(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """Return the largest of the processes' numbers."""
         if self.ranks > 1:
             numbers = torch.tensor(number)
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.group)
@@ -64,97 +65,100 @@ class Machine:
 
 
 def start(cfg: Config) -> Machine:
-    """Choose the device, join the other processes if torchrun started several, listen for the signals that end a process."""
-    rank, ranks, local = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    """Choose the device, join the processes of torchrun, handle the signals that end a process."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(cfg.device)
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local} has no GPU of its own: there are {torch.cuda.device_count()}; start fewer processes"
-            )
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= count:
+            raise UserError(f"process {local} has no GPU, there are {count}: start fewer processes")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     machine = Machine(device, rank, ranks)
-    if ranks > 1 and device.type == "mps":
-        raise UserError(
-            "an Apple GPU is for one process; start it by `python train.py`, or set device=cpu"
-        )
     if ranks > 1:
-        backend, hour = (
-            "nccl" if device.type == "cuda" else "gloo",
-            timedelta(hours=1),
-        )  # rank 0 draws previews, saves, and the others wait
-        dist.init_process_group(
-            backend, store=rendezvous(rank, ranks), rank=rank, world_size=ranks, timeout=hour
+        _join(machine)
+    _handle_signals(machine)
+    return machine
+
+
+def _join(machine: Machine) -> None:
+    """Form the process groups. Raises UserError for a device that is for one process."""
+    kind, rank, ranks = machine.device.type, machine.rank, machine.ranks
+    if kind == "mps":
+        raise UserError(
+            "an Apple GPU is for one process: start it by `python train.py`, or set device=cpu"
         )
-        machine.group, machine.slow_group = (
-            dist.new_group(backend="gloo", timeout=hour),
-            dist.new_group(backend="gloo", timeout=timedelta(hours=12)),
-        )
+    backend = "nccl" if kind == "cuda" else "gloo"
+    store, hour = rendezvous(rank, ranks), timedelta(hours=1)  # rank 0 draws and saves meanwhile
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=hour)
+    machine.group = dist.new_group(backend="gloo", timeout=hour)
+    machine.slow_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+
+
+def _handle_signals(machine: Machine) -> None:
+    """End at once on SIGINT, SIGTERM, SIGHUP; in the training loop, after the step.
+
+    A second signal within two seconds is the same one: torchrun passes on a ctrl-c.
+    """
 
     def stop(number, _frame):
-        again = (
-            machine.stopped and time.monotonic() > machine.asked + 2
-        )  # torchrun passes a ctrl-c on a second time
+        again = machine.stopped and time.monotonic() > machine.asked + 2
         if not machine.busy or again:
             sys.exit(128 + number)
         if not machine.stopped:
             machine.stopped, machine.asked = number, time.monotonic()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    if (
-        hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-    ):  # ignored under nohup
-        signal.signal(signal.SIGHUP, stop)
-    return machine
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, stop)  # ignored under nohup
 
 
 def rendezvous(rank: int, ranks: int) -> dist.Store:
-    """A store that only the processes of this attempt write to.
+    """Return a store that only the processes of this attempt write to.
 
-    torchrun keeps one store for all its restarts, and in it the addresses of processes that are gone are taken for those of
-    the new ones (PyTorch issue 135712). So everyone says hello under a new name until rank 0, which cannot tell old names
-    from new ones and answers all, has everyone's thanks for the answer.
+    torchrun keeps one store for all restarts, and in it the addresses of dead processes are taken
+    for those of the new ones (PyTorch issue 135712). So each process says hello under a new name.
+    Rank 0 cannot tell old names from new ones: it answers all until each process has thanked it.
     """
     store, name = next(dist.rendezvous("env://"))[0], uuid.uuid4().hex
     if rank > 0:
         store.set(f"hello {rank}", name)
+        name = store.get(f"welcome {name}").decode()
+        store.set(f"thanks {name} {rank}", "")
     while rank == 0 and not store.check([f"thanks {name} {r}" for r in range(1, ranks)]):
         for r in range(1, ranks):
             store.set(f"welcome {store.get(f'hello {r}').decode()}", name)
         time.sleep(0.05)
-    if rank > 0:
-        name = store.get(f"welcome {name}").decode()
-        store.set(f"thanks {name} {rank}", "")
     return dist.PrefixStore(name, store)
 
 
-def keep_freed_memory():
-    """Tell glibc to keep large freed blocks: a training step frees and asks for the same ones again, and getting fresh
-    pages from the kernel each time is slow: a step of config.yaml takes 439 for 477 ms of CPU time (medians of 8 processes
-    each, in turns, 2 cores). Does nothing elsewhere."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        if libc.mallopt(-3, 2**30) or libc.mallopt(
-            -3, 2**25
-        ):  # M_MMAP_THRESHOLD; its documented limit is the second
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks, which each training step asks for again.
+
+    A step of config.yaml takes 439 instead of 477 ms of CPU time (medians of 8 processes each, in
+    turns, 2 cores). Does nothing elsewhere.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        # M_MMAP_THRESHOLD, of which 2**25 is the documented limit, and M_TRIM_THRESHOLD
+        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
+            libc.mallopt(-1, 2**31 - 1)
 
 
 def pick_device(name: str) -> torch.device:
-    """auto | cuda | mps | cpu -> a device, set up to be fast. Raises UserError if what is asked for is not there."""
-    there = {
+    """auto | cuda | mps | cpu -> a device, set up to be fast. Raises UserError if there is none."""
+    available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if name == "auto":
-        name = next(kind for kind, has in there.items() if has)
-    if not there[name]:
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
         raise UserError(
-            f"device={name}, but this machine has none that torch can use; set device=auto or device=cpu"
+            f"device={name}, but this machine has none that torch can use; "
+            "set device=auto or device=cpu"
         )
     if name == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -164,59 +168,61 @@ def pick_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str):
-    """bf16 where the precision says so; everything else stays as it is."""
-    return (
-        torch.autocast(device.type, torch.bfloat16)
-        if precision == "bf16"
-        else contextlib.nullcontext()
-    )
+    """Return the context of a forward pass: bf16 autocast, or none for fp32."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def compiles(cfg: Config, device: torch.device) -> bool:
-    """Resolve train.compile=auto: on a GPU that has triton and the C compiler it needs. On a CPU it gains a few percent, less than a short run pays for it."""
-    return cfg.train.compile == "true" or (
-        cfg.train.compile == "auto" and device.type == "cuda" and has_triton() and has_c()
-    )
+    """Resolve train.compile=auto: on a GPU that has triton and the C compiler it needs.
 
-
-def has_c() -> bool:
-    """Is there a compiler where triton looks for one?"""
-    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+    On a CPU compiling gains a few percent, less than a short run pays for it.
+    """
+    if cfg.train.compile != "auto":
+        return cfg.train.compile == "true"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return device.type == "cuda" and has_triton() and bool(compiler)
 
 
 @contextlib.contextmanager
 def explain_compiler(remedy: str):
-    """torch.compile without a compiler becomes a UserError."""
+    """Turn torch.compile's errors of a missing compiler into a UserError."""
+    missing = (
+        r"working (C\+\+ compiler|triton)|triton not|TritonMissing|find C compiler|GPUTooOld"
+        r"|too old to be supported by the triton"
+    )
     try:
         yield
     except RuntimeError as error:
-        if not re.search(
-            r"working (C\+\+ compiler|triton)|triton not|TritonMissing|find C compiler|GPUTooOld|too old to be supported by the triton",
-            str(error),
-            re.I,
-        ):
+        if not re.search(missing, str(error), re.I):
             raise
         raise UserError(
-            f"torch.compile lacks a C or C++ compiler, or triton, or a GPU new enough for it: {remedy}"
+            "torch.compile lacks a C or C++ compiler, or triton, or a GPU new enough for it: "
+            + remedy
         ) from None
 
 
 def check_memory(parameters: int, device: torch.device) -> None:
-    """Refuse a model whose weights, gradients, average and two moments alone exceed the memory. Raises UserError."""
+    """Refuse a model whose training state alone exceeds the memory. Raises UserError.
+
+    Weights, gradients, average and two moments are 20 bytes a parameter.
+    """
+    needed, there = 20 * parameters, math.inf
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        known = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ()))
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
-    if 20 * parameters > there:
+    elif {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ())):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
         raise UserError(
-            f"a model of {parameters / 1e6:,.0f} M parameters needs {20 * parameters / 2**30:,.0f} GiB to be trained, and there are "
-            f"{there / 2**30:,.0f} GiB: lower model.width, head_width or the depths"
+            f"a model of {parameters / 1e6:,.0f} M parameters needs {needed / 2**30:,.0f} GiB to "
+            f"be trained, and there are {there / 2**30:,.0f} GiB: lower model.width, head_width "
+            "or the depths"
         )
 
 
 def pick_precision(cfg: Config, device: torch.device, old: Config | None = None) -> str:
-    """Resolve train.precision=auto: as the run has decided already, else bf16 on CUDA devices that have it, else fp32."""
+    """Resolve train.precision=auto: that of the run, else bf16 on CUDA devices that have it."""
     if cfg.train.precision != "auto":
         return cfg.train.precision
     if old:

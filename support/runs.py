@@ -128,7 +128,7 @@ def load_tokenizer(path, device="cpu", expect: config.Tokenizer | None = None) -
 
 
 def pack_tokenizer(tokenizer: Tokenizer) -> dict:
-    """Return it as tensors and plain values, as in a tokenizer.pt and in each model's checkpoint."""
+    """Return it as tensors and plain values, as in a tokenizer.pt and in a model's checkpoint."""
     state = tokenizer.state_dict()
     return {"kind": "tokenizer", "config": asdict(tokenizer.cfg), "state": state}
 
@@ -270,9 +270,8 @@ def _check_moments(net, optimizer, file) -> None:
         state = optimizer.state[p] if isinstance(optimizer.state[p], dict) else {}
         shapes = [getattr(state.get(name), "shape", None) for name in ("exp_avg", "exp_avg_sq")]
         if shapes != [p.shape, p.shape]:
-            raise UserError(
-                f"{file} does not fit this configuration (the optimizer's state is of another model)"
-            )
+            why = "the optimizer's state is of another model"
+            raise UserError(f"{file} does not fit this configuration ({why})")
 
 
 def check_stored(cfg, stage, file, stored) -> None:

@@ -1,12 +1,13 @@
-"""A run's folder: one training at a time, checkpoints that survive any instant, metrics that say each step once.
+"""A run's folder: one training at a time, checkpoints that survive a crash, metrics.
 
-    with lock("runs/mine"): ...               # a second training in the folder is refused
-    save_checkpoint(stored, "runs/mine", "", 2)          # step_00000450.pt, and latest.pt, the same file
-    file, stored = load_latest("runs/mine", "", "model", keys)   # latest.pt, or the one before it where that is damaged
+    with lock("runs/mine"): ...                                 # a second training is refused
+    save_checkpoint(stored, "runs/mine", "", 2)                 # step_00000450.pt and latest.pt
+    file, stored = load_latest("runs/mine", "", "model", keys)  # the newest that is not damaged
 
-A folder holds config.yaml, tokenizer.pt, latest.pt and step_*.pt (tokenizer_latest.pt, ... while that is trained),
-metrics.jsonl, curves.png, samples/, for a folder of videos their index.json, and .lock. latest.pt is the newest step_*.pt
-under a second name. What was set aside is called *.damaged or *.ahead; *.tmp is what a crash left half written.
+A folder holds config.yaml, tokenizer.pt, latest.pt and step_*.pt (tokenizer_latest.pt, ... while
+that is trained), metrics.jsonl, curves.png, samples/, for a folder of videos their index.json, and
+.lock. latest.pt is the newest step_*.pt under a second name. Files called *.damaged or *.ahead were
+set aside; *.tmp is what a crash left half written.
 """
 
 import contextlib
@@ -27,25 +28,25 @@ from filelock import FileLock, Timeout
 from support import config
 from support.config import Config, UserError, user_message, warn, write_text
 
-PATIENCE = 10  # seconds that a lock is waited for: a training that was just killed may still be on its way out
+PATIENCE = 10  # seconds to wait for a lock: a training that was just killed may still be ending
 
 
 def make_folder(path) -> Path:
-    """The folder, made if need be. Raises UserError where it cannot be, or takes no files."""
-    done = "make"
+    """Make a folder if need be. Raises UserError if that fails or nothing can be written to it."""
+    what = "make"
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        done = "write to"
+        what = "write to"
         tempfile.TemporaryFile(dir=path).close()
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", error)
-        raise UserError(f"cannot {done} the folder {os.fspath(path)!r}: {why}") from None
+        raise UserError(f"cannot {what} the folder {os.fspath(path)!r}: {why}") from None
     return Path(path)
 
 
 def make_file(path) -> Path:
-    """The path of a file to be written later, its folder made if need be. Raises UserError."""
-    path = Path(os.path.realpath(path))  # of a link, what it leads to is written
+    """Return the path of a file to be written later, its folder made. Raises UserError."""
+    path = Path(os.path.realpath(path))  # of a link, its target is written
     make_folder(path.parent)
     if path.exists() and not path.is_file():
         raise UserError(f"cannot write {path}: that is a folder or a device")
@@ -53,7 +54,7 @@ def make_file(path) -> Path:
 
 
 def plain(values):
-    """Nested dicts and lists with None for numbers that are not finite: JSON has none."""
+    """Return nested dicts and lists with None for numbers that are not finite: JSON has none."""
     if isinstance(values, dict):
         return {key: plain(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
@@ -62,7 +63,7 @@ def plain(values):
 
 
 def write_json(values: dict, path) -> None:
-    """Write aside, then rename: what was there before stays whole. Raises UserError."""
+    """Write values as JSON; a crash leaves the file before whole. Raises UserError."""
     try:
         write_text(path, json.dumps(plain(values), indent=1, allow_nan=False))
     except OSError as error:
@@ -71,9 +72,10 @@ def write_json(values: dict, path) -> None:
 
 @contextlib.contextmanager
 def lock(folder):
-    """Hold the folder, made if need be, for this process; the lock goes when the process does, however that ends.
+    """Hold the folder, made if need be, until the block or the process ends, however it ends.
 
-    What ends without having written anything leaves no folder behind. Raises UserError if another process holds it.
+    A block that has written nothing leaves no folder behind. Raises UserError if another process
+    holds it.
     """
     file = make_folder(folder) / ".lock"
     held = FileLock(file)
@@ -85,11 +87,12 @@ def lock(folder):
             held.acquire(timeout=PATIENCE)
     except Timeout:
         raise UserError(
-            f"another process is training in {folder}; stop it, or set run= to another folder (if there is none, delete {file})"
+            f"another process is training in {folder}; stop it, or set run= to another folder "
+            f"(if there is none, delete {file})"
         ) from None
     except PermissionError as error:
         raise UserError(f"cannot lock {file}: {error.strerror}") from None
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # file systems without locks
         warn(f"{folder} cannot be locked ({error}); see to it that nothing else trains there")
     try:
         yield
@@ -101,64 +104,51 @@ def lock(folder):
         held.release()
 
 
-# What may change when a run goes on (and is then said): it does not touch what has been learned so far.
+# --------------------------------------------------------------------- what may change in a run
+
+# Keys that may change when a run goes on, which is then logged: what was learned stays valid.
 FREE = (
-    "run",
-    "device",
-    "data.path",
-    "data.test_list",
-    "data.workers",
-    "tokenizer.checkpoint",
-    "tokenizer.lr",
-    "tokenizer.batch",
-    "train.steps",
-    "train.lr",
-    "train.clip",
-    "train.batch",
-    "train.accumulate",
-    "train.precision",
-    "train.compile",
-    "train.recompute",
-    "train.save_every",
-    "train.preview_every",
-    "train.keep",
+    *("run", "device", "data.path", "data.test_list", "data.workers"),
+    *("tokenizer.checkpoint", "tokenizer.lr", "tokenizer.batch"),
+    *("train.steps", "train.lr", "train.clip", "train.batch", "train.accumulate"),
+    *("train.precision", "train.compile", "train.recompute"),
+    *("train.save_every", "train.preview_every", "train.keep"),
 )
-# What only samples depend on, and is not compared.
+# Keys of sampling alone, which are not compared.
 SAMPLING = ("sample.", "choice.cfg", "choice.temperature", "choice.solver_steps")
-# What a tokenizer depends on; while there is no model yet, the rest may change too.
+# Keys that a tokenizer depends on; as long as there is no model, the others may change too.
 FIRST_STAGE = ("seed", "data.", "tokenizer.", "train.ema", "train.warmup", "train.weight_decay")
 
 
 def compare(old: Config, cfg: Config, where, bound=(), free=FREE) -> str:
-    """What differs between the configuration something was learned with and the one now, in words. Raises UserError if that
-    is more than `free` says may change; where `bound` is given, only keys that begin with one of its names are held to it."""
-    there, now = config.flat(old), config.flat(cfg)
-    idle = (
-        () if old.choice.latent or cfg.choice.latent else ("choice.",)
-    )  # keys of what neither has
-    differ = [
-        k for k in now if now[k] != there[k] and k != "run" and not k.startswith((*SAMPLING, *idle))
-    ]
+    """Return in words what differs between the configuration of a run and the one now.
+
+    Raises UserError if a key differs that is not `free`; with `bound`, only keys that begin with
+    one of its names are compared so strictly.
+    """
+    then, now = config.flat(old), config.flat(cfg)
+    ignored = SAMPLING if old.choice.latent or cfg.choice.latent else (*SAMPLING, "choice.")
+    differ = [k for k in now if now[k] != then[k] and k != "run" and not k.startswith(ignored)]
     refused = [k for k in differ if k not in free and (not bound or k.startswith(bound))]
     if refused:
-        what = ", ".join(f"{k} ({there[k]} there, {now[k]} now)" for k in refused)
+        what = ", ".join(f"{k} ({then[k]} there, {now[k]} now)" for k in refused)
         raise UserError(
             f"{where} was made with another configuration: {what}; set run= to another folder"
         )
-    return ", ".join(f"{k}={now[k]} ({there[k]} before)" for k in differ)
+    return ", ".join(f"{k}={now[k]} ({then[k]} before)" for k in differ)
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------- checkpoints
 
 
 class CorruptFile(UserError):
-    """A file that is no whole checkpoint: cut short, changed, or something else altogether."""
+    """A file that is no whole checkpoint: cut short, changed, or of another format."""
 
 
 def write(stored: dict, path) -> None:
-    """Write tensors and plain values aside, flush them to the disk, then rename: a crash leaves the file before whole.
+    """Write tensors and plain values to a temporary name, flush, rename.
 
-    Raises UserError for a full disk and whatever else the machine refuses.
+    A crash leaves the file before whole. Raises UserError for a full disk and the like.
     """
     aside = Path(f"{path}.tmp")
     try:
@@ -176,18 +166,19 @@ def write(stored: dict, path) -> None:
         if cause is None:
             raise
         raise UserError(
-            f"cannot write {path}: {cause.strerror}; what was saved before is whole, the same command goes on from it"
+            f"cannot write {path}: {cause.strerror}; what was saved before is whole, "
+            "the same command goes on from it"
         ) from None
 
 
 def rename(aside, path) -> None:
-    """Put `aside` in the place of `path`, and have the folder's new entry on the disk too."""
+    """Put `aside` in the place of `path` and flush the folder's entry."""
     os.replace(aside, path)
     flush(Path(path).parent)
 
 
 def flush(path) -> None:
-    """Have a file, or the names in a folder, on the disk. Some file systems, and Windows, flush no folders."""
+    """Flush a file or a folder to the disk, where the file system can."""
     with contextlib.suppress(OSError):
         opened = os.open(path, os.O_RDONLY)
         try:
@@ -197,62 +188,60 @@ def flush(path) -> None:
 
 
 def read(path, kind: str, keys=()) -> dict:
-    """Load a .pt file of this project as tensors and plain values (no code is run), its checksums compared: torch does
-    not compare them. Raises CorruptFile, and UserError for a file that is missing or of another kind."""
+    """Load a .pt file of this project as tensors and plain values; no code in it is run.
+
+    Raises CorruptFile, and UserError for a file that is missing, of another `kind` or without
+    one of `keys`.
+    """
+    damaged = f"{path} is damaged or no checkpoint of this project"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of odd pickles before it refuses them
-            with zipfile.ZipFile(path) as archive:
-                wrong = archive.testzip()
-                folders = any(
-                    entry.external_attr for entry in archive.infolist()
-                )  # torch reads nothing for what is marked as one
-            if wrong or folders:
-                raise zipfile.BadZipFile(
-                    f"the checksum of {wrong} does not match"
-                    if wrong
-                    else "its list of contents has changed"
-                )
+            _check_zip(path)
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno != errno.EINVAL:  # a damaged file leads to impossible positions
             raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-        raise CorruptFile(
-            f"{path} is damaged or no checkpoint of this project ({error.strerror})"
-        ) from None
+        raise CorruptFile(f"{damaged} ({error.strerror})") from None
     except Exception as error:  # zipfile and torch raise many types for damaged files
         if user_message(error):
             raise  # the machine's fault, not the file's: short of memory
         why = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise CorruptFile(f"{path} is damaged or no checkpoint of this project ({why})") from None
-    if (
-        not isinstance(stored, dict)
-        or stored.get("kind") != kind
-        or any(key not in stored for key in keys)
-    ):
+        raise CorruptFile(f"{damaged} ({why})") from None
+    whole = isinstance(stored, dict) and stored.get("kind") == kind
+    if not whole or any(key not in stored for key in keys):
         raise UserError(f"{path} is not a {kind} checkpoint of this project")
     return stored
 
 
+def _check_zip(path) -> None:
+    """Compare the checksums of a .pt file, which torch does not. Raises BadZipFile."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
+        if any(entry.external_attr for entry in archive.infolist()):
+            raise zipfile.BadZipFile("its list of contents has changed")  # torch skips folders
+
+
 def load_state(module, state, path) -> None:
-    """module.load_state_dict(state) that says which file does not fit. Raises UserError."""
+    """module.load_state_dict(state). Raises UserError that names the file which does not fit."""
     try:
         module.load_state_dict(state)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[-1].strip()[:150]
         raise UserError(f"{path} does not fit this configuration ({why})") from None
 
 
 def save_checkpoint(stored: dict, folder, prefix: str, count: int) -> None:
-    """Write {prefix}step_N.pt for N = stored["step"], make {prefix}latest.pt the same file, drop all but the last `count`."""
-    file, latest = (
-        Path(folder) / f"{prefix}{name}.pt" for name in (f"step_{stored['step']:08d}", "latest")
-    )
+    """Write {prefix}step_N.pt, N = stored["step"], and {prefix}latest.pt; keep the last `count`."""
+    file = Path(folder) / f"{prefix}step_{stored['step']:08d}.pt"
+    latest = Path(folder) / f"{prefix}latest.pt"
+    aside = Path(f"{latest}.tmp")
     flush(Path(folder) / "metrics.jsonl")  # what led to it is on the disk before it is
     write(stored, file)
-    aside = Path(f"{latest}.tmp")
     aside.unlink(missing_ok=True)
     try:
         os.link(file, aside)  # the same bytes under a second name
@@ -265,28 +254,27 @@ def save_checkpoint(stored: dict, folder, prefix: str, count: int) -> None:
 
 
 def steps(folder, prefix: str) -> list[Path]:
-    """The numbered checkpoints, the newest first."""
+    """List the numbered checkpoints, the newest first."""
     name = re.compile(rf"{prefix}step_(\d+)\.pt")
-    found = [
-        (int(match[1]), file)
-        for file in Path(folder).glob(f"{prefix}step_*.pt")
-        if (match := name.fullmatch(file.name))
-    ]
-    return [file for _, file in sorted(found, reverse=True)]
+    found = [f for f in Path(folder).glob(f"{prefix}step_*.pt") if name.fullmatch(f.name)]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(file: Path) -> int:
+    return int(file.stem.rpartition("_")[2])
 
 
 def list_checkpoints(folder, prefix: str) -> list[Path]:
-    """{prefix}latest.pt, then the numbered ones, as far as they are there."""
-    return [
-        file
-        for file in (Path(folder) / f"{prefix}latest.pt", *steps(folder, prefix))
-        if file.exists()
-    ]
+    """List {prefix}latest.pt and the numbered ones, the newest first, as far as they exist."""
+    latest = Path(folder) / f"{prefix}latest.pt"
+    return [file for file in (latest, *steps(folder, prefix)) if file.exists()]
 
 
 def load_latest(folder, prefix: str, kind: str, keys=()):
-    """(file, contents) of {prefix}latest.pt, or where that is damaged of the last whole step before it, which is said on
-    stderr; (None, None) where there is none. Raises UserError if none of several is whole."""
+    """Return (file, contents) of the newest checkpoint that is not damaged, or (None, None).
+
+    Damaged ones are said on stderr. Raises UserError if there are checkpoints and none is whole.
+    """
     damaged = []
     for file in list_checkpoints(folder, prefix):
         try:
@@ -299,29 +287,33 @@ def load_latest(folder, prefix: str, kind: str, keys=()):
         return file, stored
     if damaged:
         raise UserError(
-            f"{'; '.join(damaged)}: no whole checkpoint is left in {folder}; move them away to begin again"
+            f"{'; '.join(damaged)}: no whole checkpoint is left in {folder}; "
+            "move them away to begin again"
         )
     return None, None
 
 
 def clean_up(folder, prefix: str, chosen: Path, step: int) -> None:
-    """Before training goes on from `chosen`, of that step: set aside what was damaged and what lies ahead of it, so that the
-    last steps are always this run's, and remove what a crash left half written."""
+    """Set aside the files that do not belong to a run that goes on from `chosen`, of that step.
+
+    These are damaged checkpoints, those ahead of it, and what a crash left half written.
+    """
     for file in list_checkpoints(folder, prefix):
         if file == chosen:
             break
         file.rename(f"{file}.damaged")
     for file in steps(folder, prefix):
-        if int(file.stem.rpartition("_")[2]) > step:
+        if _step(file) > step:
             warn(
-                f"{file.name} lies ahead of {chosen.name}, from which training goes on; it is kept as {file.name}.ahead"
+                f"{file.name} lies ahead of {chosen.name}, from which training goes on; "
+                f"it is kept as {file.name}.ahead"
             )
             file.rename(f"{file}.ahead")
     for file in Path(folder).glob(f"{prefix}*.pt.tmp"):
         file.unlink()
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
+# -------------------------------------------------------------------------------------- metrics
 
 
 def append_metrics(folder, stage: str, step: int, values: dict) -> None:
@@ -331,58 +323,21 @@ def append_metrics(folder, stage: str, step: int, values: dict) -> None:
 
 
 def read_metrics(folder) -> list[dict]:
-    """The lines of metrics.jsonl; one that a crash cut short or something else damaged is left out."""
+    """Return the lines of metrics.jsonl, without those that are damaged or cut short."""
     file, lines = Path(folder) / "metrics.jsonl", []
-    for line in (
-        file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
-    ):
-        with contextlib.suppress(ValueError, RecursionError):
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError, TypeError, LookupError):
             entry = json.loads(line)
-            if (
-                isinstance(entry, dict)
-                and isinstance(entry.get("stage"), str)
-                and isinstance(entry.get("step"), int)
-            ):
+            if isinstance(entry["stage"], str) and isinstance(entry["step"], int):
                 lines.append(entry)
     return lines
 
 
 def forget_metrics(folder, stage: str, step: int) -> None:
-    """Drop what metrics.jsonl says of this stage after `step`: it is about to be done again."""
+    """Drop the lines of this stage after `step`: these steps are about to be done again."""
     file = Path(folder) / "metrics.jsonl"
     if file.exists():
-        lines = [
-            line for line in read_metrics(folder) if line["stage"] != stage or line["step"] <= step
-        ]
-        write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def draw_curves(folder) -> None:
-    """curves.png: the numbers of metrics.jsonl against the step, one row a stage."""
-    from matplotlib.figure import Figure
-
-    lines = read_metrics(folder)
-    panels = {
-        "tokenizer-training": [("psnr", "held_out_psnr"), ("kl",), ("lr",)],
-        "model": [("diffusion", "canvas", "copy"), ("diffusion@",), ("grad_norm",)],
-    }
-    stages = [stage for stage in panels if any(line["stage"] == stage for line in lines)]
-    fig = Figure(figsize=(12, 3.2 * len(stages)), layout="constrained")
-    for row, stage in zip(fig.subplots(len(stages), 3, squeeze=False), stages):
-        for ax, names in zip(row, panels[stage]):
-            keys = dict.fromkeys(k for line in lines if line["stage"] == stage for k in line)
-            for key in (
-                k
-                for k in keys
-                if any(k == n or (n.endswith("@") and k.startswith(n)) for n in names)
-            ):
-                points = [
-                    (line["step"], line[key])
-                    for line in lines
-                    if line["stage"] == stage and key in line
-                ]
-                ax.plot(
-                    *zip(*points), label=key, linewidth=1, marker="." if len(points) < 30 else None
-                )
-            ax.set_xlabel(f"{stage.split('-')[0]} step"), ax.legend(fontsize=7), ax.grid(alpha=0.3)
-    fig.savefig(Path(folder) / "curves.png", dpi=90)
+        entries = read_metrics(folder)
+        kept = [e for e in entries if e["stage"] != stage or e["step"] <= step]
+        write_text(file, "".join(json.dumps(entry) + "\n" for entry in kept))

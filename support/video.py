@@ -1,12 +1,12 @@
-"""Video files and folders of frames: which there are, when their frames are shown, and any frames of them, quickly.
+"""Video files and folders of images: find them, index the times of their frames, read any frames.
 
-    index = read_index(Path("videos"), "index.json")                 # {name: times of its frames}
-    read_frames(Path("videos/a.mp4"), index["a.mp4"], range(40, 56), size=64)   # uint8 (16, 64, 64, 3)
+    index = read_index(Path("videos"), "index.json")                # {name: times of its frames}
+    read_frames(Path("videos/a.mp4"), index["a.mp4"], range(40, 56), 64)  # uint8 (16, 64, 64, 3)
 
-PyAV decodes video, Pillow images. Headers are not trusted: frames are counted by their packets and
-found by their presentation times, so that what a seek gives equals what decoding from the start
-gives. Where packets cannot be trusted with that, frames are counted by decoding and read from the
-start.
+PyAV decodes video, Pillow images. One principle: what is read equals what decoding from the start
+gives. The fast way, to index a file by its packets and to seek, is for files whose packets can be
+trusted. Any other file is decoded once when it is indexed; if its frames can be found by seeking,
+their times are kept, else only their number, and it is read from its start.
 """
 
 import bisect
@@ -17,120 +17,92 @@ import json
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from support.config import UserError, require, warn
 
-VERSION = 2  # of the index file: one of another version is made anew
-NAMED = 20  # warnings that name a file, a run; the index file names all
-VIDEO_FILES = (
-    ".mp4",
-    ".m4v",
-    ".mov",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".gif",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".mts",
-    ".m2ts",
-    ".flv",
-    ".wmv",
-    ".ogv",
-    ".3gp",
-    ".vob",
-    ".y4m",
-)
+VERSION = 2  # of the index file; one of another version is made anew
+MAX_WARNINGS = 20  # that name a file, in one run; the index file names all
+SUFFIXES = "mp4 m4v mov mkv webm avi gif mpg mpeg ts mts m2ts flv wmv ogv 3gp vob y4m"
+VIDEO_FILES = tuple(f".{suffix}" for suffix in SUFFIXES.split())
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-ENDING = 32  # frames
+DAMAGED_END = 32  # frames that may be passed over at the end of a damaged video
 DEFAULT, ATTACHED = 0x1, 0x400  # FFmpeg's dispositions of streams: the default one, a cover picture
 PROGRESSIVE = 1  # FFmpeg's order of fields where a frame has none
-I_SLICE = bytes([0x88, *range(0xB0, 0xC0)])  # H.264: macroblock 0, slice type 7 or 2, Exp-Golomb
+EARLIER = (0, 10)  # seconds; a seek may lead past its goal, or to a frame that needs earlier ones
+AVI_FRAMES, CHECKS = 40, 16  # frames and seeks that are compared in a check
 
 
 class Unreadable(Exception):
     """A video that cannot be used; the text says why."""
 
 
-# ----------------------------------------------------------------------------------------------------------- the index
-
-# The index is {name below the root: the presentation times of its frames}. They are a range where the frames come at one
-# rate, an array where they do not, and an Untimed where times do not find them, so that the file is
-# only read from its start.
+# ---------------------------------------------------------------------------------------- the index
 
 
 class Untimed(int):
-    """A number of frames that no times find."""
+    """The number of frames of a video in which times do not find them."""
 
     __len__ = int.__int__
 
 
 @functools.lru_cache(maxsize=None)
 def read_index(root: Path, cache=None) -> dict:
-    """Every usable video below `root` and the times of its frames, from the file `cache` as far as that is up to date.
+    """Return {name below `root`: presentation times of its frames} of every usable video.
 
-    A file's size and date tell whether it has changed. What is not usable is named in a warning, and in `cache` with the
-    reason. Raises UserError for a folder that is none or holds nothing usable.
+    Times are a range where the frame rate is constant, else an array, or Untimed. They come from
+    the file `cache` where size and date of a video are unchanged. Unusable files are named in
+    warnings, and in `cache` with the reason. Raises UserError if no video is usable.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder")
-    stamps, old = find_videos(root), _stored(cache, root)
+    stamps, old = find_videos(root), _load(cache, root)
     index = {
         name: old[name]
         for name, stamp in stamps.items()
         if name in old and old[name].get("stamp") == stamp
     }
     new = [name for name in stamps if name not in index]
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    batches = torch.utils.data.DataLoader(
-        _Probes(root, new), 32, num_workers=cores if len(new) > 500 else 0, collate_fn=list
-    )
-    with tqdm(desc="indexing", total=len(new), unit="video", disable=len(new) < 100) as bar:
-        for number, (name, entry) in enumerate(pair for batch in batches for pair in batch):
-            index[name] = {"stamp": stamps[name]} | entry
-            bar.update()
-            if number % 20_000 == 19_999:  # a large tree takes long; what has been found is kept
-                _keep(index, root, cache)
-    for name in [name for name in new if "skip" in index[name]][:NAMED]:
+    for count, (name, entry) in enumerate(_probe_all(root, new), start=1):
+        index[name] = {"stamp": stamps[name]} | entry
+        if count % 20_000 == 0:  # indexing a large tree takes long: keep what is done
+            _save(index, root, cache)
+    for name in [name for name in new if "skip" in index[name]][:MAX_WARNINGS]:
         warn(f"{root / name} is left out: {index[name]['skip']}")
     if new or len(old) != len(index):
-        _keep(index, root, cache)
-    usable = {
-        name: frame_times(entry) for name, entry in sorted(index.items()) if "skip" not in entry
-    }
-    if len(usable) < len(index):
-        warn(
-            f"{len(index) - len(usable)} of {len(index)} files in {root} cannot be read as video and are left out"
-        )
+        _save(index, root, cache)
+    usable = {name: frame_times(e) for name, e in sorted(index.items()) if "skip" not in e}
+    skipped = len(index) - len(usable)
+    if skipped:
+        warn(f"{skipped} of {len(index)} files in {root} cannot be read as video and are left out")
     if not usable:
         raise UserError(f"{root} holds no usable video ({len(index)} files looked at)")
     return usable
 
 
-def _keep(index, root: Path, cache):
+def _save(index, root: Path, cache):
+    """Write the index file, atomically; several processes may do so at once."""
     if not cache:
         return
     temporary = f"{cache}.{os.getpid()}.tmp"
+    content = {"version": VERSION, "root": os.fspath(root.resolve()), "videos": index}
     try:
-        content = {"version": VERSION, "root": os.fspath(root.resolve()), "videos": index}
         Path(temporary).write_text(json.dumps(content), encoding="utf-8")
         os.replace(temporary, cache)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         warn(f"the index cannot be kept in {cache}: {error.strerror}")
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
-def _stored(cache, root: Path) -> dict:
-    """What the index file holds, if it is of this version and root and whole; else nothing."""
+def _load(cache, root: Path) -> dict:
+    """Return the entries of the index file; {} if it is missing, damaged or of another root."""
     if not cache or not Path(cache).exists():
         return {}
     try:
@@ -138,85 +110,66 @@ def _stored(cache, root: Path) -> dict:
         if stored.get("version") != VERSION or stored["root"] != os.fspath(root.resolve()):
             return {}
         for entry in stored["videos"].values():
-            entry["skip"] if "skip" in entry else len(frame_times(entry))
+            if "skip" not in entry:
+                len(frame_times(entry))
         return stored["videos"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ):
+    except Exception:  # whatever a file of any content leads to
         warn(f"{cache} is damaged and made anew")
         return {}
 
 
 def frame_times(entry: dict):
-    """The times that an entry of the index stands for (see above)."""
-    return (
-        range(*entry["range"])
-        if "range" in entry
-        else np.fromiter(entry["times"], np.int64)
-        if "times" in entry
-        else Untimed(entry["count"])
-    )
+    """Return the times of an entry of the index: range, array or Untimed (see `read_index`)."""
+    if "range" in entry:
+        return range(*entry["range"])
+    return np.fromiter(entry["times"], np.int64) if "times" in entry else Untimed(entry["count"])
 
 
-@dataclass
-class _Probes(torch.utils.data.Dataset):
-    """`probe` as a data set, so that torch's loader runs it in parallel."""
+def _probe_all(root: Path, names: list[str]):
+    """Return (name, index entry) of each video, found on all cores if there are many."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers, work = cores if len(names) > 500 else 0, functools.partial(_probe, root)
+    entries = DataLoader(names, batch_size=None, num_workers=workers, collate_fn=work)
+    return tqdm(entries, "indexing", unit="video", disable=len(names) < 100)
 
-    root: Path
-    names: list[str]
 
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, number):
-        return self.names[number], probe(self.root / self.names[number])
+def _probe(root, name):
+    return name, probe(root / name)
 
 
 def find_videos(root: Path) -> dict[str, list[int]]:
-    """{path below root: [size, date]} of every video file, and every folder of images without one.
+    """Return {path below root: [size, date]} of every video file and every folder of images.
 
-    Names that begin with a dot, and __MACOSX, are passed over. What else is left out is named in a
-    warning.
+    Hidden files and __MACOSX are passed over; whatever else is left out is named in a warning.
     """
-    found, seen, closed, dangling, beside = {}, set(), [], [], []
+    found, visited, closed, dangling, beside = {}, set(), [], [], []
     walk = os.walk(root, followlinks=True, onerror=lambda error: closed.append(error.filename))
     for folder, folders, files in walk:
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+        if (status.st_dev, status.st_ino) in visited:  # a link that leads back
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         folders[:] = sorted(filter(_visible, folders))
-        place = functools.partial(os.path.join, folder)
-        names = set(filter(_visible, files))
-        videos = {n for n in names if _ends(n, VIDEO_FILES) and os.path.isfile(place(n))}
-        images = _image_names(folder) if any(_ends(n, IMAGE_FILES) for n in names) else set()
-        below = Path(folder).relative_to(root)
-        for name in videos:
-            of_file = os.stat(place(name))
-            found[(below / name).as_posix()] = [of_file.st_size, of_file.st_mtime_ns]
-        if images and not videos:
-            found[below.as_posix()] = [len(images), status.st_mtime_ns]
-        lost = [path for path in map(place, names - videos - images) if not os.path.exists(path)]
-        dangling += filter(os.path.islink, lost)
-        closed += itertools.filterfalse(os.path.islink, lost)
-        beside += map(place, images if videos else ())
-    _left_out("files and folders that may not be opened", closed)
-    _left_out("links that lead nowhere", dangling)
-    _left_out("images beside video files", beside)
+        paths = {os.path.join(folder, name) for name in filter(_visible, files)}
+        videos = {p for p in paths if _ends(p, VIDEO_FILES) and os.path.isfile(p)}
+        images = set(_find_images(folder)) if any(_ends(p, IMAGE_FILES) for p in paths) else set()
+        for path in videos:
+            of_file = os.stat(path)
+            found[Path(path).relative_to(root).as_posix()] = [of_file.st_size, of_file.st_mtime_ns]
+        if videos:
+            beside += images
+        elif images:
+            found[Path(folder).relative_to(root).as_posix()] = [len(images), status.st_mtime_ns]
+        for path in paths - videos - images:
+            if not os.path.exists(path):
+                (dangling if os.path.islink(path) else closed).append(path)
+    kinds = "files and folders that may not be opened", "links that lead nowhere"
+    for kind, paths in zip((*kinds, "images beside video files"), (closed, dangling, beside)):
+        if paths:
+            shown = ", ".join(sorted(paths)[:3] + ["..."] * (len(paths) > 3))
+            warn(f"{len(paths)} {kind} are left out: {shown}")
     return found
-
-
-def _left_out(kind: str, paths):
-    if paths:
-        shown = sorted(paths)[:3] + ["..."] * (len(paths) > 3)
-        warn(f"{len(paths)} {kind} are left out: {', '.join(shown)}")
 
 
 def _visible(name: str) -> bool:
@@ -227,280 +180,240 @@ def _ends(name: str, suffixes) -> bool:
     return name.lower().endswith(suffixes)
 
 
-def _image_names(folder) -> set[str]:
-    with os.scandir(folder) as entries:
-        images = [e for e in entries if _visible(e.name) and _ends(e.name, IMAGE_FILES)]
-    return {e.name for e in images if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)}
-
-
-def _images(folder: Path) -> list[Path]:
-    """The images of a folder, frame2 before frame10."""
+def _find_images(folder) -> list[str]:
+    """Return the paths of the images in a folder, frame2 before frame10."""
 
     def natural(path):
-        parts = re.split(r"(\d+)", path.name)
-        key = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
-        return key, path.name
+        parts = re.split(r"(\d+)", os.path.basename(path))
+        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts], path
 
-    return sorted(map(folder.joinpath, _image_names(folder)), key=natural)
+    with os.scandir(folder) as entries:
+        images = [e for e in entries if _visible(e.name) and _ends(e.name, IMAGE_FILES)]
+    # without a system call for each file that is no link
+    paths = [e.path for e in images if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
+    return sorted(paths, key=natural)
 
 
 # ------------------------------------------------------------ can the packets of a file be trusted?
 
-# The fast way, to index a file by its packets and to seek, is right if each packet is one frame,
-# its time is when that is shown, and decoding can begin at each key frame. Packets show where that
-# is in doubt: such a file is decoded once, when it is indexed, and if its frames are not those of
-# its packets, it is always read from its start.
 
-
-@dataclass
-class Packet:
-    """What tells whether it can be trusted."""
-
-    pts: int | None  # when its frame is shown
-    dts: int | None  # when it is decoded
-    key: str  # kind of key frame: IDR, or of H.264 also I or P; "" for none
-    shown: bool  # not cut off by an edit list
-    whole: bool
+# pts, dts: when its frame is shown and decoded; key: decoding can begin here; shown: not cut off by
+# an edit list; plain: one whole frame and, where `key`, nothing that follows looks back behind it
+Packet = namedtuple("Packet", "pts dts key shown plain")
 
 
 def probe(path: Path) -> dict:
-    """What the index keeps of a video: {"range"} or {"times"} or {"count"} (see `frame_times`), or
-    {"skip": the reason}.
-
-    The packets are counted, as a rule without decoding them: headers are often wrong, and a
-    truncated file has fewer.
+    """Return the index entry of a video: {"range"}, {"times"} or {"count"} (see `frame_times`), or
+    {"skip": why it cannot be used}. Headers are not trusted: packets are counted, or frames.
     """
     av = require("av", "av")
-
     if path.is_dir():
-        return {"range": [0, len(_images(path)), 1]}
+        return {"range": [0, len(_find_images(path)), 1]}
     try:
-        with av.open(os.fspath(path.resolve())) as container:
+        with _open(path) as container:
             stream = _video_stream(container)
             if stream.codec_context is None or stream.codec_context.width < 1:
                 return {"skip": "no decoder for its video, or no frame size"}
-            packets, doubt = _read_packets(container, stream)
-            trust = _trust(packets, bool(stream.codec_context.has_b_frames), doubt)
-            avi = container.format.name == "avi"  # has no times; what FFmpeg makes up can be wrong
-        times = sorted(p.pts for p in packets if p.shown and p.pts is not None)
-        if trust == "yes" and avi and not _compare(path, times, packets, 40)[1]:
-            trust = "no"
-        if trust != "yes":
-            count, agree = _compare(path, times, packets)
-            if not count:
-                return {"skip": "no frames"}
-            if not agree or trust == "no":
-                return {"count": count}
+            packets = _read_packets(container, stream)
+            trusted = _trusted(packets, bool(stream.codec_context.has_b_frames))
+            avi = container.format.name == "avi"
+        times = sorted(p.pts for p in packets if p.shown) if trusted else []
+        if trusted and avi:  # it holds no times; those that FFmpeg makes up can be wrong
+            shown = [frame.pts for frame, _ in itertools.islice(_play(path), AVI_FRAMES)]
+            trusted = shown == times[: len(shown)]
+        if not trusted:
+            times = _decode_times(path, [p.pts for p in packets if p.key and p.pts is not None])
     except (av.FFmpegError, OSError, ValueError, IndexError, Unreadable) as error:
         return {"skip": getattr(error, "strerror", None) or str(error)}
-    step = times[1] - times[0] if len(times) > 1 else 1
-    regular = range(times[0], times[-1] + 1, step)
-    if len(regular) == len(times) and list(regular) == times:
-        return {"range": [regular.start, regular.stop, step]}
-    return {"times": times}
+    if not times or isinstance(times, int):
+        return {"count": times} if times else {"skip": "no frames"}
+    steps = {b - a for a, b in itertools.pairwise(times)} or {1}
+    return {"range": [times[0], times[-1] + 1, *steps]} if len(steps) == 1 else {"times": times}
+
+
+def _open(path: Path):
+    return require("av", "av").open(os.fspath(path.resolve()))
 
 
 def _video_stream(container):
-    """The default video stream, else the first, that is no cover picture. Raises Unreadable."""
+    """Return the default video stream, else the first that is no cover. Raises Unreadable."""
     streams = [stream for stream in container.streams.video if not stream.disposition & ATTACHED]
     if not streams:
         raise Unreadable("no video stream")
     return max(streams, key=lambda stream: stream.disposition & DEFAULT)  # of equals the first
 
 
-def _read_packets(container, stream) -> tuple[list[Packet], bool]:
-    """The packets that show a frame, in the order of decoding, without a damaged end, and whether
-    it is in doubt that each is one frame: of MPEG-4, one of a few bytes is none; of interlaced
-    video, one may be a field.
-    """
+def _read_packets(container, stream) -> list[Packet]:
+    """Return the packets that show a frame, in the order of decoding."""
     context, packets = stream.codec_context, []
     context.thread_count = 1
-    doubt = getattr(context, "field_order", 0) != PROGRESSIVE  # PyAV 17 does not tell
+    progressive = getattr(context, "field_order", 0) == PROGRESSIVE  # PyAV 17 does not tell
     for packet in container.demux(stream):
         if not packet.size or (context.name == "vp8" and not memoryview(packet)[0] & 16):
             continue  # nothing, or a frame that only others refer to
-        if doubt and not packets:
-            doubt = not _is_progressive(packet, context)
-        doubt = doubt or (context.name == "mpeg4" and packet.size < 8)
-        key = _key_frame(bytes(packet), context) if packet.is_keyframe else ""
-        shown, whole = not packet.is_discard, not packet.is_corrupt
-        packets.append(Packet(packet.pts, packet.dts, key, shown, whole))
-    while packets and not packets[-1].whole:
-        end = packets.pop().pts
-        packets = [p for p in packets if None in (p.pts, end) or p.pts < end]
-    return packets, doubt
+        if not packets and not progressive:
+            progressive = _is_progressive(packet, context)
+        no_frame = context.name == "mpeg4" and packet.size < 8
+        open_gop = context.name == "h264" and packet.is_keyframe and not _is_idr(packet, context)
+        plain = progressive and not no_frame and not open_gop
+        corrupt, shown = packet.is_corrupt, not packet.is_discard
+        packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe, shown, plain))
+    if packets and corrupt:  # a truncated file
+        packets[-1] = packets[-1]._replace(plain=False)
+    return packets
 
 
 def _is_progressive(packet, context) -> bool:
-    """Whether a packet gives one frame by itself that is not interlaced."""
-    av = require("av", "av")
-
-    try:
+    """Whether a packet gives one frame by itself, not interlaced; else a packet may be a field."""
+    with contextlib.suppress(require("av", "av").FFmpegError):
         frames = packet.decode() + context.decode(None)
-    except av.FFmpegError:
-        return False
-    return len(frames) == 1 and not frames[0].interlaced_frame
+        return len(frames) == 1 and not frames[0].interlaced_frame
+    return False
 
 
-def _key_frame(data: bytes, context) -> str:
-    """IDR where nothing that follows needs what comes before; of H.264 also I, a picture of its own
-    that others with such needs may follow, and P, where a gradual refresh begins.
+def _is_idr(packet, context) -> bool:
+    """Whether nothing after an H.264 key frame looks back behind it: it begins neither an open GOP
+    nor a gradual refresh.
     """
-    if context.name != "h264":
-        return "IDR"
-    for unit in _nal_units(data, context.extradata or b""):
-        if unit[0] & 31 == 5:
-            return "IDR"
-        if unit[0] & 31 == 1:  # another slice
-            return "I" if unit[1:] in I_SLICE else "P"
-    return "P"
-
-
-def _nal_units(data: bytes, extradata: bytes):
-    """The first two bytes of each NAL unit of H.264."""
-    if len(extradata) < 5 or extradata[0] != 1:  # Annex B: after start codes
-        yield from (match[1] for match in re.finditer(rb"\x00\x00\x01(..)", data, re.DOTALL))
-        return
-    at, width = 0, (extradata[4] & 3) + 1  # avcC: after their lengths, of this many bytes
-    while at + width < len(data):
-        yield data[at + width : at + width + 2]
+    data, config = memoryview(packet), context.extradata or b""
+    if len(config) < 5 or config[0] != 1:  # Annex B: NAL units come after start codes
+        return bool(re.search(rb"\x00\x00\x01[\x05\x25\x45\x65]", data))
+    at, width = 0, (config[4] & 3) + 1  # avcC: they come after their lengths, of `width` bytes
+    while at + width < len(data) and data[at + width] & 31 != 5:
         at += width + int.from_bytes(data[at : at + width], "big")
+    return at + width < len(data)
 
 
-def _trust(packets: list[Packet], reorders: bool, doubt: bool) -> str:
-    """Whether each packet is one frame at its time and each key frame a true starting point: yes,
-    no, or unclear.
-
-    reorders: the decoder may put frames into another order. doubt: see `_read_packets`.
+def _trusted(packets: list[Packet], reorders: bool) -> bool:
+    """Whether each packet is a frame shown at its time and decoding can begin at each key frame.
+    reorders: the decoder may put frames into another order.
     """
     pts, dts = [p.pts for p in packets], [p.dts for p in packets if p.dts is not None]
-    kinds = {p.key for p in packets}
-    if not packets or None in pts or len(set(pts)) < len(pts) or "P" in kinds:
-        return "no"
+    if not packets or None in pts or len(set(pts)) < len(pts):
+        return False
     latest = itertools.accumulate(pts, max)
-    signs = (
-        doubt,
-        "I" in kinds,
+    doubts = (
+        not all(p.plain for p in packets),
         not packets[0].key or min(pts) < pts[0],  # cut: the first frames need what is not there
         reorders and pts == sorted(pts),  # perhaps times of decoding
-        any(a >= b for a, b in zip(dts, dts[1:])),  # files put end to end, each with its own clock
+        any(a >= b for a, b in itertools.pairwise(dts)),  # files put end to end, each with a clock
         any(p.key and p.pts < before for p, before in zip(packets[1:], latest)),
     )
-    return "unclear" if any(signs) else "yes"
+    return not any(doubts)
 
 
-def _compare(path: Path, times: list[int], packets: list[Packet], most=None) -> tuple[int, bool]:
-    """Decode from the start: the number of frames up to the last whole one, and whether they have
-    these `times` and seeks to the frames before some of the key frames, and to the last, give the
-    same pixels.
+def _decode_times(path: Path, keys: list[int]) -> list[int] | int:
+    """Return the times of the frames that decoding from the start gives, without a damaged end.
 
-    most: compare only the times, and only of so many frames.
+    Only their number if times do not find them: they do not rise, or seeks to some of the key
+    frames, at the times `keys`, give other pixels.
     """
-    av = require("av", "av")
+    frames = []  # (time, digest of the pixels, None of a damaged frame)
+    for frame, aspect in _play(path):
+        pixels = None if frame.is_corrupt else hash(_crop(frame, 64, aspect).tobytes())
+        frames.append((frame.pts, pixels))
+    while frames and frames[-1][1] is None:
+        frames.pop()
+    times = [pts for pts, _ in frames]
+    if None in times or any(a >= b for a, b in itertools.pairwise(times)):
+        return len(times)
+    starts = sorted({bisect.bisect_left(times, pts) for pts in keys} - {0}) + [len(times)]
+    parts = [frames[-1:]]
+    for a, b in list(itertools.pairwise(starts))[:: len(starts) // CHECKS + 1]:
+        parts += [frames[a - 1 : a], frames[a : min(b, a + 64)]]  # just before a key frame; from it
+    return times if all(_seek_agrees(path, part) for part in parts if part) else len(times)
 
-    keys = [p.pts for p in packets[1:] if p.key and p.pts is not None]
-    ends = [bisect.bisect_left(times, pts) - 1 for pts in keys] + [len(times) - 1]
-    ends, shown, pixels, count = ends[:: -max(1, len(ends) // 8)], [], {}, 0
-    with av.open(os.fspath(path.resolve())) as container:
-        stream = _video_stream(container)
-        for frame in itertools.islice(_play(container, stream), most):
-            if len(shown) in ends and not frame.is_corrupt and most is None:
-                pixels[len(shown)] = _crop(frame, 64, stream.sample_aspect_ratio)
-            shown.append(frame.pts)
-            count = count if frame.is_corrupt else len(shown)
-    agree = shown == times[: len(shown) if most else None]
-    for n, pixel in pixels.items() if agree else ():
-        try:
-            agree = agree and (read_frames(path, times, range(n, n + 1), 64) == pixel).all()
-        except Unreadable:
-            agree = False
-    return count, agree
+
+def _seek_agrees(path: Path, part) -> bool:
+    """Whether seeks to the frames `part`, [(time, digest of the pixels)], give no other pixels."""
+    needed, digests = map(list, zip(*part))
+    for earlier in EARLIER:
+        with contextlib.suppress(require("av", "av").FFmpegError):
+            found = [hash(image.tobytes()) for image in decode(path, 64, needed, earlier)]
+            if found != digests[len(digests) - len(found) :]:
+                return False
+            if len(found) == len(digests):
+                break
+    return True
 
 
 # ---------------------------------------------------------------------------------- reading frames
 
 
 def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
-    """The frames number `wanted` of a video: uint8 (len(wanted), size, size, 3). times: as in the index.
+    """Return the frames number `wanted` of a video: uint8 (len(wanted), size, size, 3).
 
-    The short side is scaled to `size` and the centre cut out. Raises Unreadable.
+    times: of all its frames, as in the index. Raises Unreadable.
     """
-    av = require("av", "av")
-
-    numbered, taken = isinstance(times, Untimed), []
-    try:
-        if path.is_dir():
-            images = _images(path)
-            return np.stack([_read_image(images[i], size) for i in wanted])
-        needed = list(wanted) if numbered else [int(times[i]) for i in wanted]
-        if wanted[0] and not numbered:
-            for earlier in (
-                0,
-                10,
-            ):  # a seek may lead past the first frame, or to one that needs those before it
-                with contextlib.suppress(av.FFmpegError):
-                    taken = (
-                        taken if len(taken) == len(needed) else decode(path, size, needed, earlier)
-                    )
-        if len(taken) < len(needed):
-            taken = decode(path, size, needed, numbered=numbered)
-    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
-        raise Unreadable(getattr(error, "strerror", None) or str(error)) from None
-    if len(taken) < len(needed):
-        raise Unreadable(f"only {len(taken)} of {len(needed)} frames of a clip can be decoded")
-    return np.stack(taken)
+    numbered, reason = isinstance(times, Untimed), ""
+    needed = list(wanted) if numbered else [int(times[i]) for i in wanted]
+    for earlier in (None,) if numbered or not wanted.start else (*EARLIER, None):
+        try:
+            if path.is_dir():
+                images = _find_images(path)[wanted.start : wanted.stop : wanted.step]
+                taken = [_read_image(image, size) for image in images]
+            else:
+                taken = decode(path, size, needed, earlier, numbered)
+        except (require("av", "av").FFmpegError, OSError, ValueError, IndexError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            continue
+        if taken and len(taken) == len(needed):
+            return np.stack(taken)
+        reason = f"only {len(taken)} of {len(needed)} frames of a clip can be decoded"
+    raise Unreadable(reason)
 
 
 def decode(path, size, needed, earlier=None, numbered=False) -> list[np.ndarray]:
-    """Those of the `needed` frames that can be decoded, given by presentation times or, `numbered`, counted from 0.
+    """Return those of the `needed` frames that can be decoded: uint8 (size, size, 3) each.
 
-    earlier: begin at the key frame before the first of them, looked for that many seconds earlier; None: begin at the start.
+    needed: rising times or, `numbered`, numbers from 0. earlier: begin at the key frame that many
+    seconds before the first of them; None: begin at the start.
     """
-    av = require("av", "av")
-
     remaining, taken = set(needed), {}
-    with av.open(os.fspath(path.resolve())) as container:
-        stream = _video_stream(container)
-        if earlier is not None:
-            container.seek(needed[0] - int(earlier / stream.time_base), stream=stream)
-        for number, frame in enumerate(_play(container, stream, None if numbered else remaining)):
-            key = number if numbered else frame.pts
-            if key in remaining and not frame.is_corrupt:
-                remaining.discard(key)
-                taken[key] = _crop(frame, size, stream.sample_aspect_ratio)
-            if not remaining or (key is not None and key > needed[-1]):
-                break
+    begin = None if earlier is None else (needed[0], earlier)
+    for number, (frame, aspect) in enumerate(_play(path, begin, None if numbered else remaining)):
+        key = number if numbered else frame.pts
+        if key in remaining and not frame.is_corrupt:
+            remaining.discard(key)
+            taken[key] = _crop(frame, size, aspect)
+        if not remaining or (key is not None and key > needed[-1]):
+            break
     return [taken[key] for key in needed if key in taken]
 
 
-def _play(container, stream, needed=None):
-    """Decode from where the container stands up to a damaged packet: what comes after may lack it.
+def _play(path: Path, begin=None, needed=None):
+    """Decode up to a damaged packet, as what follows may lack it: yield (frame, its pixel aspect).
 
-    needed: times; what these do not need, not even by way of other frames, goes undecoded.
+    begin: (time, how many seconds earlier) to seek to; None: the start. needed: times; what these
+    do not need, not even by way of other frames, goes undecoded.
     On one thread: more would decode ahead of the last one, and data processes are parallel already.
     """
     av = require("av", "av")
+    with _open(path) as container:
+        stream = _video_stream(container)
+        context, damaged = stream.codec_context, False
+        context.thread_count = 1
+        if begin:
+            container.seek(begin[0] - int(begin[1] / stream.time_base), stream=stream)
+        for packet in container.demux(stream):
+            if needed is not None and context.name in ("h264", "hevc"):
+                wanted = packet.pts is None or packet.pts in needed
+                context.skip_frame = "DEFAULT" if wanted else "NONREF"
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                frames, damaged = context.decode(None), True
+            for frame in frames:
+                yield frame, stream.sample_aspect_ratio
+            if damaged:
+                return
 
-    context, damaged = stream.codec_context, False
-    context.thread_count = 1
-    for packet in container.demux(stream):
-        if needed is not None and context.name in ("h264", "hevc"):
-            wanted = packet.pts is None or packet.pts in needed
-            context.skip_frame = "DEFAULT" if wanted else "NONREF"
-        try:
-            frames = packet.decode()
-        except av.FFmpegError:
-            frames, damaged = context.decode(None), True
-        yield from frames
-        if damaged:
-            return
 
-
-def _read_image(path: Path, size: int) -> np.ndarray:
-    """An image uint8 (size, size, 3), turned as its EXIF says. Raises Unreadable."""
+def _read_image(path: str, size: int) -> np.ndarray:
+    """Return an image, uint8 (size, size, 3), turned as its EXIF says. Raises Unreadable."""
     av, pillow = require("av", "av"), require("PIL.Image", "pillow")
     exif_transpose = require("PIL.ImageOps", "pillow").exif_transpose
-
+    name = os.path.basename(path)
     try:
         with warnings.catch_warnings(), pillow.open(path) as image:
             warnings.simplefilter("ignore")
@@ -508,30 +421,27 @@ def _read_image(path: Path, size: int) -> np.ndarray:
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
                 image = pillow.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.mode in ("I", "F"):
-                raise Unreadable(f"the pixels of {path.name} have neither 8 nor 16 bits")
+                raise Unreadable(f"the pixels of {name} have neither 8 nor 16 bits")
             pixels = np.asarray(image.convert("RGB"))
     except Unreadable:
         raise
     except Exception:  # Pillow raises errors of many kinds for damaged files
-        raise Unreadable(f"{path.name} is not a whole image") from None
+        raise Unreadable(f"{name} is not a whole image") from None
     return _crop(av.VideoFrame.from_ndarray(pixels, format="rgb24"), size)
 
 
 def _crop(frame, size, aspect=None):
     """Scale to square pixels and the short side to `size` by averaging areas, cut the centre out,
-    turn and mirror it as the file's metadata says.
-
+    turn and mirror it as the file's metadata says: uint8 (size, size, 3).
     aspect: width of a pixel over its height; None: unknown, as beyond a factor of 10.
     """
     aspect = float(aspect or 1)
     shape = np.array([frame.width * (aspect if 0.1 < aspect < 10 else 1), frame.height])
     width, height = np.maximum(size, np.round(shape * size / shape.min())).astype(int).tolist()
-    # one thread: PyAV keeps a thread's scaler, and a forked worker would wait for helpers that were not forked with it
-    image = frame.reformat(
-        width=width, height=height, format="rgb24", interpolation="AREA", threads=1
-    ).to_ndarray()
+    # one thread: PyAV keeps the scaler, and a forked worker would wait for threads it does not have
+    scaled = frame.reformat(width, height, "rgb24", interpolation="AREA", threads=1).to_ndarray()
     top, left = (height - size) // 2, (width - size) // 2
-    image = image[top : top + size, left : left + size]
+    image = scaled[top : top + size, left : left + size]
     matrix = frame.side_data.get("DISPLAYMATRIX")
     return image if matrix is None else _turn(image, *np.frombuffer(matrix, np.int32)[:5].tolist())
 
@@ -544,10 +454,9 @@ def _turn(image, a, b, _, c, d):
 
 
 def read_ending(path, size: int, frames: int, stride: int) -> torch.Tensor:
-    """The last `frames` frames of a video, `stride` apart: (frames, 3, size, size) in [-1, 1].
+    """Return the last `frames` frames, `stride` apart: (frames, 3, size, size) in [-1, 1].
 
-    Of a damaged ending, as of a truncated file, up to ENDING frames are passed over.
-    Raises UserError.
+    Up to DAMAGED_END frames of a damaged ending are passed over. Raises UserError.
     """
     path, need = Path(path), (frames - 1) * stride + 1
     if not frames:
@@ -558,9 +467,10 @@ def read_ending(path, size: int, frames: int, stride: int) -> torch.Tensor:
     times = frame_times(entry)
     if len(times) < need:
         raise UserError(
-            f"{path} has {len(times)} frames; {need} are needed for {frames} frames of context at stride {stride}"
+            f"{path} has {len(times)} frames; {need} are needed "
+            f"for {frames} frames of context at stride {stride}"
         )
-    for end in range(len(times), max(need, len(times) - ENDING) - 1, -1):
+    for end in range(len(times), max(need, len(times) - DAMAGED_END) - 1, -1):
         try:
             return to_tensor(read_frames(path, times, range(end - need, end, stride), size))
         except Unreadable as error:
@@ -568,7 +478,7 @@ def read_ending(path, size: int, frames: int, stride: int) -> torch.Tensor:
     raise UserError(f"{path}: {reason}")
 
 
-# -------------------------------------------------------------------------------------------------------------- pixels
+# ------------------------------------------------------------------------------------------- pixels
 
 
 def to_tensor(frames: np.ndarray) -> torch.Tensor:
@@ -578,14 +488,5 @@ def to_tensor(frames: np.ndarray) -> torch.Tensor:
 
 def to_uint8(video: torch.Tensor) -> np.ndarray:
     """float (..., 3, H, W) in [-1, 1], clamped -> uint8 (..., H, W, 3); undoes `to_tensor`."""
-    return (
-        video.float()
-        .clamp(-1, 1)
-        .add(1)
-        .mul(127.5)
-        .round()
-        .to(torch.uint8)
-        .movedim(-3, -1)
-        .cpu()
-        .numpy()
-    )
+    scaled = (video.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).movedim(-3, -1).cpu().numpy()

@@ -2,14 +2,14 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch: with models this small more threads only wait for each other
+# Before torch: with models this small more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import train as train_script  # noqa: E402
 from canvas import CanvasMAR  # noqa: E402
+from helpers import at_step, send, within_seconds  # noqa: E402
 from support import config, pictures, runs, storage  # noqa: E402
 
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
@@ -105,31 +106,34 @@ def train(run, *overrides, expect=0):
     return script("train.py", "config.yaml", f"run={run}", *TINY, *overrides, expect=expect)
 
 
-class TookTooLong(BaseException):
-    """Beyond what `except Exception` catches."""
-
-
 @contextlib.contextmanager
-def within_seconds(seconds):
-    def end(*_):
-        raise TookTooLong(f"more than {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def signals_kept(handler=signal.SIG_DFL):
+    """Put `handler` on the signals that train.py handles, and what was there back at the end."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        torch.set_num_threads(threads)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_here(monkeypatch, *command, seconds=300) -> int:
+    """train.py inside this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, command)])
+    with within_seconds(seconds), pytest.raises(SystemExit) as stop:
+        config.run_main(train_script.main)
+    return stop.value.code or 0
 
 
 @pytest.fixture
 def here(monkeypatch, capsys, tmp_path):
-    """train.py inside this process, without its pictures: here(file, "train.lr=1") -> (exit status, stderr)."""
-    for module, name in (
-        (pictures, name) for name in ("figure", "write_mp4", "write_gif", "draw_curves")
-    ):
-        monkeypatch.setattr(module, name, lambda *_: None)
+    """train.py in this process, without its pictures: here(file, "seed=1") -> (status, stderr)."""
+    for name in ("figure", "write_mp4", "write_gif", "draw_curves"):
+        monkeypatch.setattr(pictures, name, lambda *_: None)
     monkeypatch.setattr(storage, "PATIENCE", 0.2)
     monkeypatch.setattr(train_script, "HELD_OUT", 6)
     monkeypatch.chdir(tmp_path)
@@ -137,41 +141,68 @@ def here(monkeypatch, capsys, tmp_path):
     def unheard(number, _):
         pytest.fail(f"nobody listens to signal {number}")
 
-    before = {
-        number: signal.signal(number, unheard)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    def run(*command, seconds=120):
+        status = run_here(monkeypatch, *command, seconds=seconds)
+        return status, capsys.readouterr().err
 
-    def run(*command, seconds=60):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, command)])
-        with within_seconds(seconds), pytest.raises(SystemExit) as stop:
-            config.run_main(train_script.main)
-        return stop.value.code or 0, capsys.readouterr().err
-
-    yield run
-    torch.set_num_threads(threads)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with signals_kept(unheard):
+        yield run
 
 
 @pytest.fixture
 def train_here(here):
-    """The tiny training of `train`, inside this process: train_here(run, "train.lr=1") -> (exit status, stderr)."""
+    """The tiny training in this process: train_here(run, "train.lr=1") -> (status, stderr)."""
     return lambda run, *overrides: here(ROOT / "config.yaml", f"run={run}", *TINY, *overrides)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A run folder of a tiny training that came to its end."""
+    """A run folder of a tiny training that came to its end, with its pictures."""
     run = tmp_path_factory.mktemp("run") / "tiny"
-    train(run)
+    with pytest.MonkeyPatch.context() as monkeypatch, signals_kept():
+        assert run_here(monkeypatch, ROOT / "config.yaml", f"run={run}", *TINY) == 0
     return run
 
 
+@pytest.fixture
+def named(trained):
+    """The option that leaves out the first stage."""
+    return f"tokenizer.checkpoint={trained / 'tokenizer.pt'}"
+
+
+@pytest.fixture
+def stop_at(train_here, monkeypatch):
+    """Train until a signal in a step; the step must have been saved."""
+
+    def run(folder, step, *options, number=signal.SIGTERM):
+        with monkeypatch.context() as m:
+            at_step(m, step, send(number))
+            status, err = train_here(folder, *options)
+        assert status == 128 + number and f"stopped at step {step} of" in err
+        assert "Traceback" not in err
+        assert list(folder.glob(f"*step_{step:08d}.pt"))
+
+    return run
+
+
+@pytest.fixture
+def copies(tmp_path, trained):
+    """copies(name) -> (a run folder with one checkpoint, at step 4 of 5, and that file in it)"""
+
+    def copy(name="latest.pt"):
+        run = tmp_path / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir()
+        for file in ("tokenizer.pt", "latest.pt", "metrics.jsonl"):
+            shutil.copy(trained / file, run)
+        config.save(tiny(f"run={run}", "train.steps=5"), run / "config.yaml")
+        return run, run / name
+
+    return copy
+
+
 class StandIn(torch.nn.Module):
-    """Has I3D's call and layout, and reports what it was given: largest value, means by axis, sizes, options."""
+    """I3D's call and layout; reports its input: largest value, means by axis, sizes, options."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -1,74 +1,64 @@
-"""sample.py as a user runs it."""
+"""sample.py as a user runs it: once in a process of its own, otherwise in this one."""
 
 import os
 import shutil
 import sys
 
+import av
 import numpy as np
 import pytest
 import torch
 from conftest import script
+from test_video import write_video
 
 import sample
-from support import pictures, runs, video
-from support.config import UserError
+from support import pictures, video
+from support.config import UserError, run_main
 
 
-def test_script_writes_its_five_files_whatever_the_batch(trained, tmp_path):
-    for name, batch in (("a", 1), ("b", 3)):
-        script(
-            "sample.py",
-            "--ckpt",
-            trained,
-            "--out",
-            tmp_path / name,
-            "--batch",
-            batch,
-            "--clips",
-            3,
-            "--order",
-            "motion",
-        )
+@pytest.fixture
+def sample_here(monkeypatch, capsys):
+    """sample.py inside this process: sample_here(*words, expect=0) -> (stdout, stderr)."""
+
+    def run(*words, expect=0):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            run_main(sample.main)
+        out, err = capsys.readouterr()
+        assert (stop.value.code or 0) == expect, err
+        return out, err
+
+    return run
+
+
+def test_script_writes_its_five_files_whatever_the_batch(trained, tmp_path, sample_here):
+    for name, batch, run in (("a", 1, script), ("b", 3, sample_here)):
+        words = ("--ckpt", trained, "--out", tmp_path / name, "--batch", batch, "--clips", 3)
+        run(*(["sample.py"] if run is script else []), *words, "--order", "motion")
     a, b = (np.load(tmp_path / name / "samples.npz") for name in "ab")
-    assert (
-        a["samples"].shape == (3, 4, 32, 32, 3) == a["truth"].shape
-        and a["samples"].dtype == np.uint8
-        and a["context"] == 2
-    )
+    assert a["samples"].shape == (3, 4, 32, 32, 3) == a["truth"].shape
+    assert a["samples"].dtype == np.uint8 and a["context"] == 2
     assert (a["samples"][:, :2] == a["truth"][:, :2]).all()
     assert np.abs(a["samples"].astype(int) - b["samples"]).max() <= 1
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {
-        "samples.npz",
-        "samples.mp4",
-        "samples.gif",
-        "grid.png",
-        "steps.png",
-    }
+    names = {"samples.npz", "samples.mp4", "samples.gif", "grid.png", "steps.png"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == names
     assert len(video.frame_times(video.probe(tmp_path / "a" / "samples.mp4"))) == 4
 
 
 @pytest.mark.parametrize("lacking", ["libx264", ""])
-def test_script_goes_on_without_a_video_encoder(trained, tmp_path, lacking):
+def test_script_goes_on_without_a_video_encoder(
+    trained, tmp_path, sample_here, monkeypatch, lacking
+):
     """A PyAV without libx264, or without any encoder, is had by a stand-in for what opens one."""
-    (tmp_path / "sitecustomize.py").write_text(f"""
-import av
 
-def refuse(name, *args, real=av.Codec, **kwargs):
-    if name.startswith({lacking!r}):
-        raise av.codec.codec.UnknownCodecError(name)
-    return real(name, *args, **kwargs)
+    def refuse(name, *args, real=av.Codec, **kwargs):
+        if name.startswith(lacking):
+            raise av.codec.codec.UnknownCodecError(name)
+        return real(name, *args, **kwargs)
 
-def open_without(*args, real=av.open, **kwargs):
-    class Container:
-        add_stream = staticmethod(refuse)
-        __enter__ = lambda self: self
-        __exit__ = lambda *_: None
-    return Container()
-
-av.Codec, av.open = refuse, open_without
-""")
-    command = ("sample.py", "--ckpt", trained, "--out", tmp_path / "out", "--clips", 1)
-    out, err = script(*command, PYTHONPATH=str(tmp_path))
+    monkeypatch.setattr(av, "Codec", refuse)
+    monkeypatch.setattr(av, "open", lambda *_, **__: pytest.fail("opens a file all the same"))
+    out, err = sample_here("--ckpt", trained, "--out", tmp_path / "out", "--clips", 1)
     (line,) = [line for line in err.splitlines() if "warning" in line]
     assert "samples.mp4 is not written" in line and "libx264" in line
     names = {p.name for p in (tmp_path / "out").iterdir()}
@@ -76,7 +66,29 @@ av.Codec, av.open = refuse, open_without
     assert "samples.mp4" not in out and "samples.npz" in out
 
 
-def test_script_options_change_the_result_and_seeds_give_other_futures(trained, tmp_path):
+@pytest.mark.parametrize("truth, context", [(True, 2), (False, 0), (True, 0)])
+def test_the_gif_shows_all_frames_of_truth_and_samples_and_marks_what_was_given(
+    tmp_path, truth, context
+):
+    from PIL import Image
+
+    samples = np.random.default_rng(0).integers(0, 255, (3, 5, 32, 32, 3), np.uint8)
+    path = tmp_path / "s.gif"
+    pictures.write_gif(samples, samples if truth else None, context, path)
+    with Image.open(path) as gif:
+        assert gif.n_frames == 5 and gif.info["loop"] == 0
+        assert gif.size == (3 * 96, 96 * (1 + truth) + 6)
+        bars = []
+        for t in range(5):
+            gif.seek(t)
+            r, g, b = gif.convert("RGB").getpixel((10, 2))
+            bars.append(g > r + 40)
+    assert bars == [t >= context for t in range(5)]
+
+
+def test_script_options_change_the_result_and_seeds_give_other_futures(
+    trained, tmp_path, sample_here
+):
     seen = []
     for i, options in enumerate(
         [
@@ -88,8 +100,7 @@ def test_script_options_change_the_result_and_seeds_give_other_futures(trained, 
             ["--cfg-canvas", 0.5],
         ]
     ):
-        script(
-            "sample.py",
+        sample_here(
             "--ckpt",
             trained / "latest.pt",
             "--out",
@@ -102,9 +113,8 @@ def test_script_options_change_the_result_and_seeds_give_other_futures(trained, 
     assert all((a != b).any() for i, a in enumerate(seen) for b in seen[:i])
 
 
-def test_script_predicts_from_nothing_and_far_beyond_the_window(trained, tmp_path):
-    script(
-        "sample.py",
+def test_script_predicts_from_nothing_and_far_beyond_the_window(trained, tmp_path, sample_here):
+    sample_here(
         "--ckpt",
         trained,
         "--out",
@@ -119,9 +129,9 @@ def test_script_predicts_from_nothing_and_far_beyond_the_window(trained, tmp_pat
     assert np.load(tmp_path / "samples.npz")["samples"].shape == (1, 9, 32, 32, 3)
 
 
-def test_script_refuses_an_output_that_is_a_file(trained, tmp_path):
+def test_script_refuses_an_output_that_is_a_file(trained, tmp_path, sample_here):
     (tmp_path / "taken").touch()
-    _, err = script("sample.py", "--ckpt", trained, "--out", tmp_path / "taken", expect=2)
+    _, err = sample_here("--ckpt", trained, "--out", tmp_path / "taken", expect=2)
     assert "cannot make the folder" in err and len(err.strip().splitlines()) == 1
 
 
@@ -133,20 +143,18 @@ def test_script_finds_an_output_that_cannot_be_written_before_it_samples(trained
         sample.main()
 
 
-def test_script_follows_the_configuration_beside_the_checkpoint(trained, tmp_path):
+def test_script_follows_the_configuration_beside_the_checkpoint(trained, tmp_path, sample_here):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("  clips: 2\n", "  clips: 3\n"))
-    script("sample.py", "--ckpt", run, "--out", tmp_path / "out")
+    sample_here("--ckpt", run, "--out", tmp_path / "out")
     assert len(np.load(tmp_path / "out" / "samples.npz")["samples"]) == 3
 
 
-def test_script_continues_a_video_of_the_user(trained, tmp_path):
-    from test_video import write_video
-
+def test_script_continues_a_video_of_the_user(trained, tmp_path, sample_here):
     mine = write_video(tmp_path / "mine.mp4")
-    script("sample.py", "--ckpt", trained, "--video", mine, "--out", tmp_path / "out", "--clips", 3)
+    sample_here("--ckpt", trained, "--video", mine, "--out", tmp_path / "out", "--clips", 3)
     result = np.load(tmp_path / "out" / "samples.npz")
     assert result["samples"].shape == (3, 4, 32, 32, 3) and "truth" not in result
     ending = video.to_uint8(video.read_ending(mine, 32, 2, 1))
@@ -172,30 +180,29 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input_is_one_line_and_status_two(trained, tmp_path, message):
+def test_bad_input_is_one_line_and_status_two(trained, tmp_path, sample_here, message):
     options = [o.format(run=trained) for o in BAD[message]]
-    _, err = script("sample.py", *options, "--out", tmp_path / "out", expect=2)
+    _, err = sample_here(*options, "--out", tmp_path / "out", expect=2)
     assert message in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_holds_all_that_sampling_needs(trained, tmp_path):
+def test_a_checkpoint_holds_all_that_sampling_needs(trained, tmp_path, sample_here):
     shutil.copy(trained / "latest.pt", tmp_path / "elsewhere.pt")
     (tmp_path / "tokenizer.pt").write_bytes(b"of another run")
     for ckpt, out in ((trained, "a"), (tmp_path / "elsewhere.pt", "b")):
-        script("sample.py", "--ckpt", ckpt, "--out", tmp_path / out, "--clips", 1)
+        sample_here("--ckpt", ckpt, "--out", tmp_path / out, "--clips", 1)
     a, b = (np.load(tmp_path / out / "samples.npz")["samples"] for out in "ab")
     assert np.array_equal(a, b)
 
 
-def test_truncated_and_foreign_checkpoints_are_refused(trained, tmp_path):
+def test_truncated_and_foreign_checkpoints_are_refused(trained, tmp_path, sample_here):
     whole = (trained / "latest.pt").read_bytes()
     (tmp_path / "latest.pt").write_bytes(whole[: len(whole) // 2])
-    _, err = script("sample.py", "--ckpt", tmp_path, expect=2)
+    _, err = sample_here("--ckpt", tmp_path, expect=2)
     assert "damaged" in err and len(err.strip().splitlines()) == 1
     torch.save({"kind": "model"}, tmp_path / "foreign.pt")
     assert (
-        "is not a model checkpoint"
-        in script("sample.py", "--ckpt", tmp_path / "foreign.pt", expect=2)[1]
+        "is not a model checkpoint" in sample_here("--ckpt", tmp_path / "foreign.pt", expect=2)[1]
     )
 
 

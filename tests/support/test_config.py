@@ -43,7 +43,7 @@ def test_every_key_has_a_comment():
         for file in (DEFAULT, ROOT / "configs" / "choice.yaml")
         for line in file.read_text().splitlines()
         if line.strip()
-        and not line.startswith(("#", "base:"))
+        and not line.strip().startswith(("#", "base:"))
         and not line.split("#")[0].strip().endswith(":")
     ]
     keys.remove("run: runs/choice")
@@ -237,21 +237,23 @@ def test_broken_files_are_user_errors(tmp_path, text):
         config.load(tmp_path / "any.yaml")
 
 
-def test_the_script_says_it_in_one_line_with_status_two(tmp_path):
+def test_the_script_says_it_in_one_line_with_status_two(tmp_path, here):
     run = f"run={tmp_path / 'run'}"
+    shutil.copy(DEFAULT, tmp_path)
     for command in (
         [],
         ["none.yaml"],
-        ["config.yaml", "run=."],
-        ["config.yaml", "train.stepz=1", run],
-        ["config.yaml", "device=cuda", run],
-        ["config.yaml", "data.name=folder", f"data.path={tmp_path}", "device=cpu", run],
+        ["config.yaml", "run=."],  # the folder of the file itself
+        [DEFAULT, "device=cuda", run],
+        [DEFAULT, "data.name=folder", f"data.path={tmp_path}", "device=cpu", run],
     ):
-        _, err = script("train.py", *command, expect=2)
-        assert err.startswith("error: ") and len(err.strip().splitlines()) == 1
+        status, err = here(*command)
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
+    _, err = script("train.py", "config.yaml", "train.stepz=1", run, expect=2)
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
-# ---------------------------------------------------------------------------------------- nothing odd gets past, or hangs
+# ------------------------------------------------------------------ nothing odd gets past, or hangs
 
 PREFIX = "base: ../whole.yaml\n"
 ALIASES = "l0: &l0 [x]\n" + "".join(f"l{i}: &l{i} [*l{i - 1}, *l{i - 1}]\n" for i in range(1, 31))
@@ -513,13 +515,13 @@ def test_counts_beyond_all_that_is_meant_are_refused_before_anything_is_built(va
 
 @pytest.fixture
 def refuse_all(here, tmp_path):
-    """refuse_all({name: command}): each ends in exit status 2, within seconds, with one line and without a run folder."""
+    """refuse_all({name: command}): each is refused within seconds, in a line, without a folder."""
 
     def find(commands):
         found = {}
         for name, command in commands.items():
             try:
-                status, err = here(*command, seconds=5)
+                status, err = here(*command, seconds=20)
                 ok = (
                     status == 2
                     and err.startswith("error: ")
@@ -545,10 +547,12 @@ def refuse_all(here, tmp_path):
 
 def test_odd_files_are_refused_in_one_line(refuse_all, tmp_path):
     commands = {}
-    for i, (name, data) in enumerate(ODD_FILES.items()):
+    for i, (name, content) in enumerate(ODD_FILES.items()):
         file = tmp_path / str(i) / "any.yaml"
         file.parent.mkdir()
-        file.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass"))
+        file.write_bytes(
+            content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+        )
         commands[name] = [file]
     (tmp_path / "loop").symlink_to(tmp_path / "loop2")
     (tmp_path / "loop2").symlink_to(tmp_path / "loop")

@@ -1,23 +1,21 @@
-"""The order of clips, splits of a folder, BAIR's TFRecords, and both in training and sampling."""
+"""The order of clips, splits of a folder of videos, and such a folder in training and sampling."""
 
 import dataclasses
 import json
-import struct
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import script, tiny, train
-from hypothesis import example, given, settings
+from conftest import tiny
+from hypothesis import given
 from hypothesis import strategies as st
 from test_video import numbers, write_images, write_video
 
+import sample
 from support import data
 from support import video
-from support.config import UserError
-from support.video import to_uint8
-
-google_crc32c = pytest.importorskip("google_crc32c")
+from support.config import UserError, run_main
 
 
 @given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
@@ -64,7 +62,7 @@ def test_worker_processes_change_nothing():
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(plain, spread))
 
 
-# --------------------------------------------------------------------------------------------------- folders of videos
+# ------------------------------------------------------------------------------- folders of videos
 
 
 def folder(path, frames=4, split="train", **changes):
@@ -130,8 +128,10 @@ def test_own_splits_are_kept_and_what_is_missing_is_said(tmp_path, capsys):
     assert len(folder(tmp_path, 6, split="test")) == 3
     with pytest.raises(UserError, match="no video of at least 7 frames"):
         folder(tmp_path, 7, split="test")
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="there is no data.path=.*nowhere$"):
         folder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="0.mp4 is not a folder"):
+        folder(tmp_path / "train" / "0.mp4")
 
 
 def test_without_a_test_folder_val_is_held_out(tmp_path, capsys):
@@ -285,256 +285,30 @@ def test_a_data_path_that_nobody_reads_need_not_be_there():
     )
 
 
-def test_a_folder_with_faults_trains_and_samples(tmp_path):
+def test_a_folder_with_faults_trains_and_samples(tmp_path, train_here, monkeypatch, capsys):
     root, run = tmp_path / "videos", tmp_path / "run"
     write_images(root / "images", 30)
     kinds = {"a.mp4": "libx264", "b.mkv": "libx264", "c.webm": "libvpx", "d.gif": "gif"}
     for name, codec in kinds.items():
         write_video(root / name, 30, codec=codec, pixels="rgb8" if codec == "gif" else "yuv420p")
-    (
-        (root / "half.mp4").write_bytes((root / "a.mp4").read_bytes()[:2000]),
-        (root / "text.mkv").write_text("no video"),
-    )
-    _, err = train(run, "data.name=folder", f"data.path={root}", "data.workers=1")
+    (root / "half.mp4").write_bytes((root / "a.mp4").read_bytes()[:2000])
+    (root / "text.mkv").write_text("no video")
+    video.read_index.cache_clear()
+    status, err = train_here(run, "data.name=folder", f"data.path={root}", "data.workers=1")
+    assert status == 0, err
     assert "half.mp4 is left out" in err and "text.mkv is left out" in err and "2 of 7 files" in err
-    assert set(json.loads((run / "index.json").read_text())["videos"]) == {
-        *kinds,
-        "images",
-        "half.mp4",
-        "text.mkv",
-    }
-    _, err = script("sample.py", "--ckpt", run)
-    truth = np.load(run / "samples" / "samples.npz")["truth"]
-    assert (
-        "2 of 7 files" in err
-        and [numbers(clip)[0] in range(24, 27) for clip in truth] == [True] * 2
-    )
+    stored = json.loads((run / "index.json").read_text())["videos"]
+    assert set(stored) == {*kinds, "images", "half.mp4", "text.mkv"}
+    video.read_index.cache_clear()
+    truth = sampled_truth(run, monkeypatch)
+    assert "2 of 7 files" in capsys.readouterr().err
+    assert [numbers(clip)[0] in range(24, 27) for clip in truth] == [True] * 2
 
 
-# ------------------------------------------------------------------------------------------------------ BAIR's TFRecords
-
-
-def varint(value):
-    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
-
-
-def field(number, value):
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def serialized(features):
-    """A tf.train.Example; the values of a feature are a list of bytes or of floats."""
-    body = b""
-    for name, values in features.items():
-        of_bytes = all(isinstance(value, bytes) for value in values)
-        packed = (
-            b"".join(field(1, v) for v in values)
-            if of_bytes
-            else field(1, struct.pack(f"<{len(values)}f", *values))
-        )
-        body += field(1, field(1, name.encode()) + field(2, field(1 if of_bytes else 2, packed)))
-    return field(1, body)
-
-
-def checksum(content):
-    crc = google_crc32c.value(content)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32)
-
-
-def record(content):
-    head = struct.pack("<Q", len(content))
-    return head + checksum(head) + content + checksum(content)
-
-
-def trajectory(pixels):
-    features = {f"{t}/image_aux1/encoded": [image.tobytes()] for t, image in enumerate(pixels)}
-    decoys = {
-        f"{t}/{key}": value
-        for t in range(30)
-        for key, value in (("image_main/encoded", [bytes(12288)]), ("action", [0.5, -1.0]))
-    }
-    return serialized(dict(sorted((features | decoys).items())))
-
-
-def write_bair(root, trajectories=3):
-    """Random trajectories of both splits; {split: uint8 (trajectories, 30, 64, 64, 3)}."""
-    written, rng = {}, np.random.default_rng(0)
-    for split in data.SPLITS:
-        pixels = rng.integers(0, 128, (trajectories, 30, 8, 8, 3), np.uint8).repeat(8, 2).repeat(
-            8, 3
-        ) + rng.integers(0, 99, (64, 64, 1), np.uint8)
-        (root / "softmotion30_44k" / split).mkdir(parents=True)
-        for number, of_file in enumerate(np.split(pixels, [2])):
-            file = (
-                root
-                / "softmotion30_44k"
-                / split
-                / f"traj_{2 * number}_to_{2 * number + 1}.tfrecords"
-            )
-            file.write_bytes(b"".join(record(trajectory(p)) for p in of_file))
-        written[split] = pixels
-    return written
-
-
-@pytest.fixture(scope="module")
-def robot(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bair")
-    return root, write_bair(root)
-
-
-def bair(root, frames=4, split="train", size=64, **changes):
-    return data.open_source(
-        dataclasses.replace(tiny().data, name="bair", path=str(root), size=size, **changes),
-        0,
-        split,
-        frames,
-    )
-
-
-@given(
-    st.sampled_from(data.SPLITS),
-    st.integers(0, 8),
-    st.integers(1, 30),
-    st.integers(1, 29),
-    st.data(),
-)
-def test_clips_of_bair_are_the_pixels_written(robot, split, index, frames, stride, draw):
-    root, pixels = robot
-    stride = min(stride, 29 // max(frames - 1, 1))
-    source, span = bair(root, frames, split, stride=stride), (frames - 1) * stride + 1
-    start = draw.draw(st.integers(0, 30 - span))
-    clip = source.clip(index, start=start)
-    assert len(source) == 3 and clip.dtype == torch.float32
-    assert (to_uint8(clip) == pixels[split][index % 3, start : start + span : stride]).all()
-
-
-def test_a_clip_of_bair_is_a_repeatable_random_stretch(robot):
-    root, pixels = robot
-    source, starts = bair(root, frames=26), []
-    for index in range(60):
-        clip = to_uint8(source.clip(index))
-        starts += [s for s in range(5) if (clip == pixels["train"][index % 3, s : s + 26]).all()]
-    assert len(starts) == 60 and set(starts) == set(range(5))
-    assert torch.equal(
-        source.clip(7), bair(root / "softmotion30_44k", frames=26).clip(7)
-    )  # either folder may be named
-
-
-@pytest.mark.parametrize("size", [8, 16, 32])
-def test_bair_is_scaled_by_averaging(robot, size):
-    root, pixels = robot
-    blocks = pixels["test"][1, :2].reshape(2, size, 64 // size, size, 64 // size, 3).mean((2, 4))
-    assert np.abs(to_uint8(bair(root, 2, "test", size).clip(1, start=0)) - blocks).max() <= 0.51
-
-
-def test_faults_of_bair_name_the_file(tmp_path):
-    write_bair(tmp_path)
-    file = tmp_path / "softmotion30_44k" / "train" / "traj_0_to_1.tfrecords"
-    whole = file.read_bytes()
-    half = len(whole) // 2  # where the second record begins
-    flip = lambda at: whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
-    faults = {
-        "length": flip(half),
-        "checksum of the length": flip(half + 9),
-        "pixel": flip(half + 5000),
-        "checksum": flip(len(whole) - 1),
-        "cut in data": whole[:-5000],
-        "cut in a head": whole[: half + 7],
-        "tail": whole + b"x",
-        "long": flip(half + 7),
-        "other features": whole[:half] + record(serialized({"0/image_main/encoded": [b""]})),
-        "small images": whole[:half]
-        + record(serialized({f"{t}/image_aux1/encoded": [b"png"] for t in range(30)})),
-        "no features": whole[:half]
-        + record(serialized({f"{t}/image_aux1/encoded": [] for t in range(30)})),
-        "no example": whole[:half] + record(b"\xff" * 9),
-    }
-    for fault, content in faults.items():
-        file.write_bytes(content)
-        with pytest.raises(UserError, match="traj_0_to_1.tfrecords") as error:
-            bair(tmp_path).clip(1, start=0)
-            pytest.fail(fault)
-        assert "byte" in str(error.value)
-    file.write_bytes(b""), file.with_name("traj_2_to_3.tfrecords").unlink()
-    with pytest.raises(UserError, match="train are empty"):
-        bair(tmp_path)
-    file.unlink()
-    with pytest.raises(UserError, match="holds no softmotion30_44k/train"):
-        bair(tmp_path)
-    with pytest.raises(UserError, match="span 31 frames; a BAIR trajectory has 30"):
-        bair(tmp_path, frames=4, stride=10)
-
-
-texts = st.text(max_size=9)
-features = st.dictionaries(
-    texts,
-    st.lists(st.binary(max_size=200), min_size=1, max_size=3)
-    | st.lists(st.floats(width=32), min_size=1, max_size=3),
-)
-
-
-@given(features, st.floats(0, 1, exclude_max=True))
-def test_an_example_gives_the_first_value_of_each_bytes_feature(features, cut):
-    content = serialized(features)
-    assert data.read_example(content) == {
-        k: v[0] for k, v in features.items() if isinstance(v[0], bytes)
-    }
-    with pytest.raises(ValueError):
-        data.read_example(content[: 1 + int(cut * (len(content) - 1))])
-
-
-@settings(max_examples=200)
-@given(
-    st.binary(max_size=60) | features.map(serialized),
-    st.lists(st.tuples(st.integers(0), st.binary(max_size=3)), max_size=3),
-)
-def test_any_bytes_are_an_example_or_a_value_error(content, wounds):
-    for at, new in wounds:
-        at %= len(content) + 1
-        content = content[:at] + new + content[at + 1 :]
-    try:
-        found = data.read_example(content)
-    except ValueError:
-        return
-    assert all(type(k) is str and type(v) is bytes for k, v in found.items())
-
-
-@settings(max_examples=100)
-@given(
-    st.lists(st.binary(max_size=30), max_size=3),
-    st.lists(st.tuples(st.integers(0), st.binary(max_size=9)), max_size=3),
-)
-@example([], [(0, struct.pack("<Q", 2**63) + checksum(struct.pack("<Q", 2**63)))])
-def test_any_bytes_are_records_or_an_error_that_names_the_file(tmp_path_factory, contents, wounds):
-    raw = b"".join(map(record, contents))
-    for at, new in wounds:
-        at %= len(raw) + 1
-        raw = raw[:at] + new + raw[at + 1 :]
-    file = tmp_path_factory.getbasetemp() / "fuzz.tfrecords"
-    file.write_bytes(raw)
-    try:
-        found = [data.read_record(file, *place) for place in data.read_records(file)]
-    except (UserError, ValueError) as error:
-        assert raw != b"".join(map(record, contents)) and (
-            isinstance(error, ValueError) or "fuzz.tfrecords" in str(error)
-        )
-    else:
-        assert b"".join(map(record, found)) == raw
-
-
-def test_bair_trains_and_samples(tmp_path, robot):
-    root, pixels = robot
-    train(
-        tmp_path / "run",
-        "data.name=bair",
-        f"data.path={root}",
-        "data.size=64",
-        "tokenizer.stride=16",
-    )
-    script("sample.py", "--ckpt", tmp_path / "run")
-    truth = np.load(tmp_path / "run" / "samples" / "samples.npz")["truth"]
-    chosen = pixels["test"][data.evenly_spaced(pixels["test"], len(truth))]
-    assert all(
-        any((clip == whole[s : s + 4]).all() for s in range(27))
-        for clip, whole in zip(truth, chosen)
-    )
+def sampled_truth(run, monkeypatch):
+    """Run sample.py in this process, and return the real clips that stand beside its samples."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(run)])
+    with pytest.raises(SystemExit) as stop:
+        run_main(sample.main)
+    assert not stop.value.code
+    return np.load(run / "samples" / "samples.npz")["truth"]

@@ -8,9 +8,10 @@ from conftest import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
-import tokenizer as vae
 import train
-from canvas import CanvasMAR, clip_generator, validate
+from canvas import clip_generator, validate
+from support import runs
+from tokenizer import Tokenizer
 
 PACKAGED = files("torchgen") / "packaged/ATen/native/native_functions.yaml"
 OURS = {
@@ -20,7 +21,7 @@ OURS = {
 
 
 def runs_on_mps(name: str) -> bool:
-    """Whether torch's tables have a kernel for Apple GPUs, or one made of other operators, among them its own `out` form."""
+    """Whether torch has a kernel for Apple GPUs, or one made of others, as its `out` form."""
     entry = OURS[OURS[name].get("structured_delegate", name)]
     keys = {
         key.strip() for keys in entry.get("dispatch", {"Composite": ""}) for key in keys.split(",")
@@ -54,8 +55,8 @@ class Operators(TorchDispatchMode):
 def test_training_and_sampling_use_no_operator_that_apple_gpus_lack():
     seen = Operators()
     for latent, order in ((0, "random"), (4, "motion")):
-        cfg = tiny(f"model.canvas_latent={latent}", f"sample.order={order}")
-        tokenizer, model = vae.Tokenizer(cfg.tokenizer), CanvasMAR(cfg)
+        cfg = tiny(f"choice.latent={latent}", f"sample.order={order}")
+        tokenizer, model = Tokenizer(cfg.tokenizer), runs.build_model(cfg)
         x, noise = torch.rand(2, 3, 3, 32, 32), torch.randn(6, cfg.tokenizer.channels, 4, 4)
         with seen:
             f = tokenizer.encode(x).detach()

@@ -12,13 +12,12 @@ from conftest import tiny, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fvd
 import sample
 import train
 from canvas import clip_generator
 from mar import reveal_schedule
 from studies import flops
-from support import fast, runs
+from support import fast, protocols, runs
 from support.config import UserError
 from support.machine import autocast, explain_compiler
 
@@ -146,9 +145,9 @@ def test_held_out_losses_are_not_compiled_with_the_sampler(counters, monkeypatch
     )
     cfg, (model, tokenizer, x, _) = tiny(), flops.real_parts(tiny())
     run = SimpleNamespace(model=model, tokenizer=tokenizer, cfg=cfg, device=torch.device("cpu"))
-    expected = fvd.held_out_losses(run, x)
+    expected = protocols.held_out_losses(run, x)
     fast.compile_parts(model)
-    assert fvd.held_out_losses(run, x) == expected and counters["stats"]["unique_graphs"] == 0
+    assert protocols.held_out_losses(run, x) == expected and counters["stats"]["unique_graphs"] == 0
     with torch.no_grad():
         list(sample.generate(model, latents(model, 2, 2), options(model, 2), 0, [0, 1]))
     assert counters["stats"]["unique_graphs"] > 0

@@ -1,0 +1,104 @@
+"""Do the scores react as they should? Scores of clips that are wrong in a known way.
+
+    python -m studies.sanity --ckpt runs/pushing       # writes sanity.json into the run folder
+
+Every row is made from the test clips and compared with other real clips, of the training split, so
+that the first row is the noise floor. The table depends on the data, size, number and length of
+clips, on the detector, and in the rows of samples on the model.
+"""
+
+from support import config  # before torch: it says how threads wait
+import torch
+import torch.nn.functional as F
+
+import fvd
+from canvas import clip_generator
+from support import metrics, protocols, report, runs, storage
+from support.protocols import Run, collect, known_mean, ratio
+
+
+def corruptions(context: int) -> dict:
+    """Return kinds of video (see `protocols.collect`) that are wrong in a known way.
+
+    In all frames, but where the title says "after the context".
+    """
+
+    def blur(real, _):
+        weights = torch.exp(-(torch.arange(-3.0, 4.0) ** 2) / (2 * 1.0**2))
+        kernel = torch.outer(weights, weights)[None, None] / weights.sum() ** 2
+        flat = F.pad(real.flatten(0, 2)[:, None], (3, 3, 3, 3), mode="replicate")
+        return F.conv2d(flat, kernel).view_as(real)
+
+    def noise(real, indices):
+        draws = [torch.randn(real.shape[1:], generator=clip_generator(0, i)) for i in indices]
+        return real + 10 / 127.5 * torch.stack(draws)
+
+    def shuffled(real, indices):
+        T = real.shape[1]
+        orders = [torch.randperm(T, generator=clip_generator(0, i)) for i in indices]
+        return torch.stack([clip[order] for clip, order in zip(real, orders)])
+
+    def frozen(real, _):
+        last = real[:, context - 1 : context].expand_as(real[:, context:])
+        return torch.cat([real[:, :context], last], 1)
+
+    kinds = {"blur, sigma 1 pixel": blur, "noise, sigma 10 of 255": noise}
+    if context:
+        kinds["frozen after the context"] = frozen
+    return kinds | {"shuffled in time": shuffled}
+
+
+def scores(kind: str, got, detectors) -> dict:
+    """Return a row of the table: set scores against the floor, frame scores against the clip."""
+    row = {}
+    for d in detectors:
+        f = got.features[d.name]
+        for key, value in fvd.set_scores(f["floor"], f[kind], d.standardise).items():
+            title = "FVD" if (d.name, key) == ("i3d", "frechet") else f"{d.name} {key}"
+            row |= {title: value} if key != "kvd_std" else {}
+    row |= {name.upper(): float(of[kind].mean()) for name, of in got.frames.items() if kind in of}
+    if got.objects:
+        own, real = got.objects[kind], got.objects["real"]
+        row |= {
+            "right frames": float(own["right"].mean()),
+            "and right shapes": float(own["shaped"].mean()),
+            "speed ratio": ratio(known_mean(own["speed"]), known_mean(real["speed"])),
+            "gripper lost": float(own["lost"].mean()),
+        }
+    return row
+
+
+def main():
+    """The command line. Raises UserError."""
+    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    protocols.add_options(parser)
+    runs.add_options(parser, skip=("clips",))
+    parser.add_argument("--out", help="JSON file of the figures (default: in the run folder)")
+    args = parser.parse_args()
+    run = Run(args, args.ckpt, args.protocol or protocols.protocol_of(args.ckpt))
+    file = storage.make_file(args.out or runs.run_folder(args.ckpt) / "sanity.json")
+    detectors = metrics.open_detectors(args.i3d, run.device)
+    made = {
+        "tokenizer reconstruction": run.reconstruction,
+        "samples": fvd.samples(run, run.seed),
+        "samples, other seed": fvd.samples(run, run.seed + 1),
+    } | corruptions(run.cfg.sample.context)
+    got = collect(run, made, detectors, floor=True)
+    table = {kind: scores(kind, got, detectors) for kind in ("real", *made)}
+    about = {d.name: {"is": d.label, "sha256": d.sha256} for d in detectors}
+    storage.write_json(run.describe() | {"detectors": about, "table": table}, file)
+    print(
+        f"{len(run.indices)} test clips, changed as the row says, against as many of the training "
+        "split; PSNR, SSIM: against the clip itself"
+    )
+    titles, columns = {"real": "real clips (noise floor)"}, list(table["samples"])
+    rows = [
+        [titles.get(kind, kind)] + [f"{row[key]:.4g}" if key in row else "" for key in columns]
+        for kind, row in table.items()
+    ]
+    print(report.table(["", *columns], rows), end="")
+    print(f"offline: the {metrics.Offline.label}; written to {file}")
+
+
+if __name__ == "__main__":
+    config.run_main(main)

@@ -1,0 +1,188 @@
+"""Scores of checkpoints against the sampling settings: spatial steps x guidance x order x seeds.
+
+    python -m studies.sweep --ckpt runs/a runs/b --steps 1,2,4 --cfg 1:1,1.5:1 --seeds 0,1,2
+
+Writes sweep.json, sweep.md and sweep.png to --out: mean and standard deviation over the sampling
+seeds of one training. All rows share protocol, data and clips; a set score depends on their number.
+"""
+
+import itertools
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from support import config  # before torch: it says how threads wait
+import numpy as np
+
+import fvd
+from support import metrics, protocols, report, storage
+from support.config import UserError, log
+from support.protocols import Run, collect
+
+
+def sweep(args) -> None:
+    """Score every run with every setting and seed; write what is known after each cell."""
+    scored = [Run(args, ckpt, args.protocol or protocols.protocol_of(ckpt)) for ckpt in args.ckpt]
+    files = [storage.make_file(Path(args.out, f"sweep.{kind}")) for kind in ("json", "md", "png")]
+    cells = plan(scored, args)
+    detectors, rows, met = metrics.open_detectors(args.i3d, scored[0].device), [], set()
+    described = {
+        "seeds": args.seeds,
+        "detectors": {d.name: d.label for d in detectors},
+        "runs": {str(run.ckpt): run.describe() for run in scored},
+    }
+    for number, (run, opts) in enumerate(cells, start=1):
+        s, cfg, order = opts.steps, [opts.cfg_temporal, opts.cfg_canvas], opts.order
+        cell = f"{run.ckpt} steps={s} cfg={cfg[0]:g}:{cfg[1]:g} order={order}"
+        log(f"{number} of {len(cells)}: {cell}")
+        kinds = {f"seed {seed}": fvd.samples(run, seed, opts) for seed in args.seeds}
+        first = run not in met  # floor and reconstruction, once for each run
+        made = kinds | ({"reconstruction": run.reconstruction} if first else {})
+        met.add(run)
+        got = collect(run, made, detectors, floor=first)
+        scores = fvd.summarise(detectors, got, list(kinds), pooled=False, slow=False)
+        row = {"checkpoint": str(run.ckpt), "steps": s, "cfg": cfg, "order": order}
+        rows.append(row | {"scores": scores})
+        storage.write_json(described | {"rows": rows}, files[0])
+    table = tabulate(rows)
+    config.write_text(files[1], table)
+    draw(rows, files[2])
+    print(table + f"written to {args.out}/sweep.json, sweep.md, sweep.png")
+
+
+def plan(scored: list[Run], args) -> list:
+    """Return [(run, sample settings)], all of them checked. Raises UserError."""
+    alike = {
+        (run.name, d.path, d.size, d.stride, run.cfg.sample.context, run.cfg.sample.frames)
+        for run in scored
+        for d in [run.cfg.data]
+    }
+    if len(alike) > 1:
+        raise UserError(
+            "these runs cannot share a table; they differ in protocol, data, size, stride, "
+            f"context or frames: {sorted(alike)}"
+        )
+    cells = []
+    axes = itertools.product(scored, args.cfg, args.orders.split(","), args.all_steps)
+    for run, (w_t, w_s), order, s in axes:
+        if order == "motion" and not run.cfg.model.canvas:
+            continue  # no canvas to tell what will move
+        changes = {"steps": s, "cfg_temporal": w_t, "cfg_canvas": w_s, "order": order}
+        cfg = replace(run.cfg, sample=replace(run.cfg.sample, **changes))
+        cells.append((run, config.from_dict(asdict(cfg), where="sweep").sample))
+    if not cells:
+        raise UserError("nothing to do: order=motion needs a canvas, and these runs have none")
+    return cells
+
+
+TITLES = {
+    "offline": "Fréchet (offline, not FVD)",
+    "i3d": "FVD",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "right": "right frames",
+    "shaped": "and right shapes",
+    "speed_ratio": "speed ratio",
+    "lost": "gripper lost",
+}
+
+
+def columns(rows) -> list[str]:
+    """Return the scores that were measured, of TITLES."""
+    first = rows[0]["scores"]
+    return [key for key in TITLES if key in first or key in first["detectors"]]
+
+
+def per_seed(row, key) -> np.ndarray:
+    """Return a score of each seed."""
+    scores = row["scores"]
+    if key in scores["detectors"]:
+        return np.array([each["frechet"] for each in scores["detectors"][key]["each"]])
+    if key in metrics.BEST:
+        return np.array(scores[key]["each"])
+    return np.array([v for kind, v in scores[key].items() if kind.startswith("seed")])
+
+
+def tabulate(rows) -> str:
+    """Return Markdown, a line a cell: mean and deviation over the seeds; the floors of each run."""
+    keys, lines, floors = columns(rows), [], ""
+    for row in rows:
+        w_t, w_s = row["cfg"]
+        line = [row["checkpoint"], str(row["steps"]), f"{w_t:g}:{w_s:g}", row["order"]]
+        for v in (per_seed(row, key) for key in keys):
+            line.append(f"{v.mean():.4g}" + (f" ± {v.std(ddof=1):.2g}" if len(v) > 1 else ""))
+        lines.append(line)
+        for name, d in row["scores"]["detectors"].items():
+            if "floor" in d:
+                floors += (
+                    f"{row['checkpoint']}: noise floor {name} {d['floor']['frechet']:.4g}, "
+                    f"tokenizer reconstruction {d['reconstruction']['frechet']:.4g}\n"
+                )
+    head = ["checkpoint", "steps", "w_t:w_s", "order", *(TITLES[key] for key in keys)]
+    return f"{report.table(head, lines)}\n{floors}"
+
+
+def draw(rows, path) -> None:
+    """Draw a panel a score against the spatial steps, a line a run, guidance and order.
+
+    Error bars are standard deviations over the seeds, the dotted line is the noise floor.
+    """
+    from matplotlib.figure import Figure
+
+    keys, lines = columns(rows), {}
+    for row in rows:
+        lines.setdefault((row["checkpoint"], *row["cfg"], row["order"]), []).append(row)
+    steps = sorted({row["steps"] for row in rows})
+    fig = Figure(figsize=(4.2 * len(keys), 3.8), layout="constrained")
+    for ax, key in zip(np.atleast_1d(fig.subplots(1, len(keys))), keys):
+        for (ckpt, w_t, w_s, order), mine in lines.items():
+            values = [per_seed(row, key) for row in mine]
+            bars = [v.std(ddof=1) if len(v) > 1 else 0 for v in values]
+            label = f"{Path(ckpt).name} {w_t:g}:{w_s:g} {order}"
+            style = {"marker": "o", "markersize": 3, "linewidth": 1, "capsize": 2}
+            x, y = [row["steps"] for row in mine], [v.mean() for v in values]
+            ax.errorbar(x, y, bars, label=label, **style)
+        if key in rows[0]["scores"]["detectors"]:
+            floor = rows[0]["scores"]["detectors"][key]["floor"]["frechet"]
+            ax.axhline(floor, color="grey", linestyle=":", linewidth=1)
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:.3g}")
+            ax.yaxis.set_minor_formatter("{x:.3g}")
+        ax.set_xscale("log")
+        ax.set_xticks([], minor=True)
+        ax.set_xticks(steps, map(str, steps))
+        ax.set_xlabel("spatial steps S")
+        ax.set_title(TITLES[key], fontsize=9)
+        ax.grid(alpha=0.3)
+    ax.legend(fontsize=6)
+    fig.savefig(path, dpi=110)
+
+
+def integers(text: str) -> list[int]:
+    """Parse 0,1,2. Raises ValueError, of which argparse makes a message."""
+    numbers = [int(word) for word in text.split(",")]
+    if min(numbers) < 0:
+        raise ValueError
+    return numbers
+
+
+def scales(text: str) -> list[tuple[float, float]]:
+    """Parse 1:1,1.5:2. Raises ValueError."""
+    return [(float(w_t), float(w_s)) for w_t, w_s in (pair.split(":") for pair in text.split(","))]
+
+
+def main():
+    """The command line. Raises UserError."""
+    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    protocols.add_options(parser, many=True)
+    parser.set_defaults(seed=None)
+    parser.add_argument("--steps", dest="all_steps", type=integers, default="1,2,4,8")
+    parser.add_argument("--seeds", type=integers, default="0,1,2")
+    parser.add_argument("--cfg", type=scales, default="1:1", help="w_t:w_s,...")
+    parser.add_argument("--orders", default="random")
+    parser.add_argument("--out", default="runs/sweep", help="folder for the table and the plot")
+    sweep(parser.parse_args())
+
+
+if __name__ == "__main__":
+    config.run_main(main)
