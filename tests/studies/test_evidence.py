@@ -1,5 +1,6 @@
 """The arms, what they share, what is scored once, and that figures come from the JSON files."""
 
+import functools
 import json
 import shutil
 import signal
@@ -163,6 +164,7 @@ def test_a_cell_is_scored_and_says_all_that_it_depends_on(plan):
 def test_every_part_writes_its_figures_and_its_json_and_scores_nothing_twice(plan, monkeypatch):
     monkeypatch.setattr(evidence, "score", made_up)
     monkeypatch.setattr(evidence, "cost", lambda run, opts: float(opts.steps))
+    monkeypatch.setattr(evidence, "open_run", functools.cache(evidence.open_run))
     out = Path("results/t")
     shutil.rmtree(out, ignore_errors=True)
     mine = ["--name", "t", "--config", "tiny.yaml"]
