@@ -2,7 +2,9 @@
 
 import ast
 import re
+import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -124,3 +126,33 @@ def test_the_readme_is_short_shows_a_moving_picture_first_and_links_to_what_is_t
     for path in tracked("*.md"):
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
             assert (path.parent / link).exists(), f"{path.relative_to(ROOT)} links to {link}"
+
+
+def test_the_four_files_of_the_method_stand_alone(tmp_path):
+    for name in METHOD:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    (tmp_path / "mine.py").write_text("""
+from types import SimpleNamespace as Section
+import torch
+from canvas import CanvasMAR, clip_generator
+from tokenizer import Tokenizer
+
+model = Section(
+    width=16, heads=2, temporal_depth=1, canvas_depth=1, mar_depth=1, head_width=16, head_depth=1,
+    window=2, canvas=True, canvas_noise=0.3, past_noise=1.0, canvas_weight=1.0, canvas_change=True,
+    drop_temporal=0.1, drop_canvas=0.1, diffusion_repeat=2,
+)
+vae = Section(stride=8, channels=2, width=4, kl_weight=1e-4)
+cfg = Section(model=model, grid=4, tokenizer=vae, train=Section(recompute=False))
+f = Tokenizer(vae).encode(torch.rand(2, 3, 3, 32, 32))
+net = CanvasMAR(cfg)
+net(f, net.draw([clip_generator(0, i) for i in range(2)], 3))[0].backward()
+""")
+    subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("name", ["bench", "evidence", "sanity", "sweep"])
+def test_each_study_starts(name):
+    command = [sys.executable, "-m", f"studies.{name}", "--help"]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "usage" in said.stdout

@@ -63,7 +63,7 @@ def test_training_is_one_graph_without_breaks_and_never_compiled_again(word, cou
 
 
 def test_the_tokenizer_is_one_graph_too(counters):
-    _, tokenizer, x, _ = flops.real_parts(tiny())
+    _, tokenizer, x, _ = flops.build_parts(tiny())
     compiled, shape = torch.compile(tokenizer, backend="aot_eager", fullgraph=True), (6, 2, 4, 4)
     for _ in range(3):
         compiled(x.flatten(0, 1), torch.randn(shape))[0].backward()
@@ -143,7 +143,7 @@ def test_held_out_losses_are_not_compiled_with_the_sampler(counters, monkeypatch
         "compile",
         lambda f, mode, dynamic: torch._dynamo.optimize("eager", dynamic=dynamic)(f),
     )
-    cfg, (model, tokenizer, x, _) = tiny(), flops.real_parts(tiny())
+    cfg, (model, tokenizer, x, _) = tiny(), flops.build_parts(tiny())
     run = SimpleNamespace(model=model, tokenizer=tokenizer, cfg=cfg, device=torch.device("cpu"))
     expected = protocols.held_out_losses(run, x)
     fast.compile_parts(model)
@@ -209,7 +209,7 @@ def test_a_training_step_reads_nothing_back_from_the_device_but_for_the_log(
 def test_weights_rounded_once_give_what_autocast_gives(precision):
     found = []
     for rounded in (False, True):
-        model, tokenizer = tiny_model(), flops.real_parts(tiny())[1]
+        model, tokenizer = tiny_model(), flops.build_parts(tiny())[1]
         torch.manual_seed(0)
         for p in tokenizer.parameters():
             p.data = 0.3 * torch.randn(p.shape)
@@ -239,7 +239,7 @@ def test_a_loaded_run_has_its_weights_rounded_once(trained, monkeypatch):
 
 
 def test_decoding_in_portions_changes_nothing(monkeypatch):
-    model, tokenizer, x, _ = flops.real_parts(tiny())
+    model, tokenizer, x, _ = flops.build_parts(tiny())
     sizes, decode = [], tokenizer.decode
     monkeypatch.setattr(
         tokenizer, "decode", lambda f: sizes.append(len(f) * f.shape[1]) or decode(f)
