@@ -24,8 +24,8 @@ class Bair:
     """
 
     def __init__(self, data: Data, seed: int, split: str, frames: int):
-        self.size, self.stride, self.seed = data.size, data.stride, seed
-        self.split, self.need = int(split == "test"), (frames - 1) * data.stride + 1
+        self.data, self.seed, self.split = data, seed, int(split == "test")
+        self.need = (frames - 1) * data.stride + 1
         if self.need > LENGTH:
             span = f"{frames} frames at data.stride={data.stride} span {self.need} frames"
             raise UserError(f"{span}; a BAIR trajectory has {LENGTH}")
@@ -50,7 +50,7 @@ class Bair:
         if start is None:
             rng = np.random.default_rng([self.seed, self.split, index])
             start = int(rng.integers(LENGTH - self.need + 1))
-        wanted = range(start, start + self.need, self.stride)
+        wanted = range(start, start + self.need, self.data.stride)
         try:
             data = read_record(file, offset, length)
             clip = to_tensor(
@@ -61,7 +61,7 @@ class Bair:
         except KeyError as error:
             what = f"the record at byte {offset} has no image {error.args[0]} of 64x64"
             raise UserError(f"{file} is not of the BAIR data set: {what}") from None
-        return torch.nn.functional.interpolate(clip, (self.size, self.size), mode="area")
+        return torch.nn.functional.interpolate(clip, (self.data.size,) * 2, mode="area")
 
 
 def read_records(file: Path) -> list[tuple[int, int]]:

@@ -115,9 +115,8 @@ class Folder:
     """
 
     def __init__(self, data: Data, seed: int, split: str, frames: int, cache=None):
-        self.root, self.size, self.stride, self.seed = Path(data.path), data.size, data.stride, seed
-        self.split, self.need = SPLITS.index(split), (frames - 1) * data.stride + 1
-        self.failed = set()
+        self.data, self.seed, self.split = data, seed, SPLITS.index(split)
+        self.root, self.need, self.failed = Path(data.path), (frames - 1) * data.stride + 1, set()
         index, shortest = read_index(self.root, cache), (data.frames - 1) * data.stride + 1
         length = {name: len(times) for name, times in index.items() if len(times) >= shortest}
         mine = _split(self.root, length, split, data.test_list)
@@ -149,9 +148,9 @@ class Folder:
             name, times, first, count = self.videos[(index + attempt) % len(self)]
             latest = count - self.need
             begin = first + (int(rng.integers(latest + 1)) if start is None else min(start, latest))
-            wanted, path = range(begin, begin + self.need, self.stride), self.root / name
+            wanted, path = range(begin, begin + self.need, self.data.stride), self.root / name
             try:
-                return to_tensor(read_frames(path, times, wanted, self.size))
+                return to_tensor(read_frames(path, times, wanted, self.data.size))
             except Unreadable as error:
                 reason = f"{path}: {error}"
                 if name not in self.failed:
