@@ -17,10 +17,8 @@ LENGTH, NATIVE = 30, 64  # frames of a trajectory, pixels
 
 
 class Bair:
-    """Trajectories of 30 frames of 64x64 (Ebert et al. 2017, arXiv 1710.05268).
-
-    data.path holds softmotion30_44k/{train,test}/traj_*.tfrecords. The checksum of every record
-    that is used is compared; a damaged file is a UserError that names it.
+    """Trajectories of 30 frames of 64x64 (Ebert et al. 2017, arXiv 1710.05268) below data.path, in
+    softmotion30_44k/{train,test}/traj_*.tfrecords. A damaged file is a UserError that names it.
     """
 
     def __init__(self, data: Data, seed: int, split: str, frames: int):

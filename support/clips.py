@@ -54,11 +54,8 @@ def add_options(parser):
 
 
 def open_clips(path: str, key: str, args) -> Clips:
-    """Open the clips of an .npz or of a folder. Raises UserError.
-
-    Of an .npz: its only uint8 array of that shape, else the one named `key`. Of every video of a
-    folder: its first --frames frames at --size pixels; a name is without the suffix of a video
-    file, unless two videos would have the same.
+    """Open the clips of an .npz: its only uint8 array of that shape, else the one named `key`; or
+    of a folder: the first --frames frames of every video at --size pixels. Raises UserError.
     """
     if Path(path).is_dir():
         return _open_folder(path, args)
@@ -109,6 +106,7 @@ def pair(real: list[str], generated: list[str]) -> list[int]:
 
 
 def _open_folder(path: str, args) -> Clips:
+    """A name is without the suffix of a video file, unless two videos would have the same."""
     root, need = Path(path), (args.frames - 1) * args.stride + 1
     index = read_index(root)
     names = [name for name, times in index.items() if len(times) >= need]
@@ -116,18 +114,17 @@ def _open_folder(path: str, args) -> Clips:
         warn(f"{short} of {len(index)} videos of {path} are left out: fewer than {need} frames")
     if not names:
         raise UserError(f"{path} holds no video of at least {need} frames")
-    videos = [root / name for name in names]
-    files = (file for video in videos for file in ([video] if video.is_file() else video.iterdir()))
+    files = (file for name in names for file in (root / name, *(root / name).glob("*")))
     if any(file.suffix.lower() in (".jpg", ".jpeg", *VIDEO_FILES) for file in files):
         warn(f"{path} holds compressed videos, whose artefacts count; arrays (.npz) are better")
 
     def read(part):
-        wanted = range(0, need, args.stride)
-        try:
-            clips = [read_frames(videos[i], index[names[i]], wanted, args.size) for i in part]
-        except Unreadable as error:
-            some = ", ".join(names[i] for i in part[:3])
-            raise UserError(f"{path}: {error}, in one of {some} ...; remove or repair it") from None
+        clips, wanted = [], range(0, need, args.stride)
+        for video in (names[i] for i in part):
+            try:
+                clips.append(read_frames(root / video, index[video], wanted, args.size))
+            except Unreadable as error:
+                raise UserError(f"{root / video}: {error}; remove or repair it") from None
         return np.stack(clips)
 
     stems = [name if (root / name).is_dir() else os.path.splitext(name)[0] for name in names]
@@ -144,10 +141,10 @@ def load_array(path, key) -> np.ndarray:
             for name in stored.files:
                 with contextlib.suppress(ValueError):  # Python objects
                     arrays[name] = stored[name]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except MemoryError:
         raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:  # NumPy and zipfile raise many types for what is damaged or no .npz
         raise UserError(f"{path} is not an .npz of plain arrays") from None
     arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}

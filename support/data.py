@@ -41,10 +41,8 @@ def open_source(data: Data, seed: int, split: str, frames: int, cache=None):
 
 
 def evenly_spaced(source, count: int) -> list[int]:
-    """Return `count` indices evenly spaced over a source, whose videos are sorted by class; more
-    than it has wrap.
-    """
-    last = max(len(source), count) - 1
+    """Return `count` indices evenly spaced over a source; more than it has wrap."""
+    last = max(len(source), count) - 1  # videos are sorted: of every class some
     return np.linspace(0, last, count).round().astype(int).tolist()
 
 
@@ -110,8 +108,7 @@ class Folder:
     The test split is what the text file `data.test_list` names, if given; else the folder `test/`
     (without that, `val/`) beside `train/`; else, of fewer than FEW videos, the last fifth of each,
     and of more, those whose path has a hash in the lowest tenth, so that a video stays in its split
-    as others are added. Videos shorter than a clip are left out, with a warning. Raises UserError
-    if nothing is left.
+    as others are added. Raises UserError if no video is as long as a clip.
     """
 
     def __init__(self, data: Data, seed: int, split: str, frames: int, cache=None):

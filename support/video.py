@@ -28,7 +28,7 @@ from tqdm import tqdm
 from support.config import UserError, require, warn
 
 VERSION = 2  # of the index file; one of another version is made anew
-MAX_WARNINGS = 20  # that name a file, in one run; the index file names all
+MAX_WARNINGS = 20  # that name a file; the index file names all
 SUFFIXES = "mp4 m4v mov mkv webm avi gif mpg mpeg ts mts m2ts flv wmv ogv 3gp vob y4m"
 VIDEO_FILES = tuple(f".{suffix}" for suffix in SUFFIXES.split())
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
@@ -184,9 +184,7 @@ Packet = namedtuple("Packet", "pts dts key shown plain")
 
 
 def probe(path: Path) -> dict:
-    """Return the index entry of a video: {"range"}, {"times"} or {"count"} (see `frame_times`), or
-    {"skip": why it cannot be used}. Headers are not trusted: packets are counted, or frames.
-    """
+    """Return the index entry of a video, see `frame_times`, or {"skip": why it cannot be used}."""
     if path.is_dir():
         return {"range": [0, len(_find_images(path)), 1]}
     try:
@@ -254,9 +252,7 @@ def _is_progressive(packet, context) -> bool:
 
 
 def _is_idr(packet, context) -> bool:
-    """Whether nothing after an H.264 key frame looks back behind it: it begins neither an open GOP
-    nor a gradual refresh.
-    """
+    """Whether an H.264 key frame begins neither an open GOP nor a gradual refresh."""
     data, config = memoryview(packet), context.extradata or b""
     if len(config) < 5 or config[0] != 1:  # Annex B: NAL units come after start codes
         return bool(re.search(rb"\x00\x00\x01[\x05\x25\x45\x65]", data))
@@ -440,11 +436,9 @@ def read_ending(path, size: int, frames: int, stride: int) -> torch.Tensor:
     if len(times) < need:
         raise UserError(f"{path} has {len(times)} frames; {need} are needed at stride {stride}")
     for end in range(len(times), max(need, len(times) - DAMAGED_END) - 1, -1):
-        try:
+        with contextlib.suppress(Unreadable):
             return to_tensor(read_frames(path, times, range(end - need, end, stride), size))
-        except Unreadable as error:
-            reason = error
-    raise UserError(f"{path}: {reason}")
+    raise UserError(f"the last frames of {path} cannot be decoded")
 
 
 # ------------------------------------------------------------------------------------------- pixels
