@@ -136,12 +136,11 @@ class Folder:
     def clip(self, index: int, start=None) -> torch.Tensor:
         """Return (T, 3, size, size) float32 in [-1, 1]; see `open_source`.
 
-        A damaged video is named in a warning, and a clip of the next one takes its place, or
-        another of the same where there is no other. Raises UserError after ATTEMPTS.
+        A damaged video is named in a warning, and a clip of the next one, or another of the same,
+        takes its place. Raises UserError after ATTEMPTS.
         """
         rng = np.random.default_rng([self.seed, self.split, index])
-        attempts = ATTEMPTS if start is None else min(len(self), ATTEMPTS)
-        for attempt in range(attempts):
+        for attempt in range(ATTEMPTS):
             name, times, first, count = self.videos[(index + attempt) % len(self)]
             latest = count - self.need
             begin = first + (int(rng.integers(latest + 1)) if start is None else min(start, latest))
@@ -154,7 +153,7 @@ class Folder:
                     self.failed.add(name)
                     warn(f"{reason}; another clip takes its place", everywhere=True)
         gone = "" if os.access(path, os.R_OK) else "; is the disk still there?"
-        raise UserError(f"{reason}; none of {attempts} clips can be read{gone}")
+        raise UserError(f"{reason}; none of {ATTEMPTS} clips can be read{gone}")
 
 
 def _split(root: Path, length: dict[str, int], split: str, test_list: str):

@@ -34,6 +34,7 @@ VIDEO_FILES = tuple(f".{suffix}" for suffix in SUFFIXES.split())
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 DAMAGED_END = 32  # frames that may be passed over at the end of a damaged video
 DEFAULT, ATTACHED = 0x1, 0x400  # FFmpeg's dispositions of streams: the default one, a cover picture
+PROGRESSIVE = 1  # FFmpeg's order of fields where a frame has none
 EARLIER = (0, 10)  # seconds; a seek may lead past its goal, or to a frame that needs earlier ones
 AVI_FRAMES, CHECKS = 40, 16  # frames and seeks that are compared in a check
 
@@ -245,6 +246,8 @@ def _read_packets(container, stream) -> list[Packet]:
 
 def _is_progressive(packet, context) -> bool:
     """Whether a packet gives one frame by itself, not interlaced; else a packet may be a field."""
+    if getattr(context, "field_order", 0) == PROGRESSIVE:  # PyAV 17 does not tell
+        return True
     with contextlib.suppress(require("av", "av").FFmpegError):
         frames = packet.decode() + context.decode(None)
         return len(frames) == 1 and not frames[0].interlaced_frame
