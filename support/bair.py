@@ -17,23 +17,19 @@ LENGTH, NATIVE = 30, 64  # frames of a trajectory, pixels
 
 
 class Bair:
-    """Trajectories of 30 frames of 64x64 (Ebert et al. 2017, arXiv 1710.05268).
-
-    data.path holds softmotion30_44k/{train,test}/traj_*.tfrecords. The checksum of every record
-    that is used is compared; a damaged file is a UserError that names it.
+    """Trajectories of 30 frames of 64x64 (Ebert et al. 2017, arXiv 1710.05268) below data.path, in
+    softmotion30_44k/{train,test}/traj_*.tfrecords. A damaged file is a UserError that names it.
     """
 
     def __init__(self, data: Data, seed: int, split: str, frames: int):
-        self.size, self.stride, self.seed = data.size, data.stride, seed
-        self.split, self.need = int(split == "test"), (frames - 1) * data.stride + 1
+        self.data, self.seed, self.split = data, seed, int(split == "test")
+        self.need = (frames - 1) * data.stride + 1
         if self.need > LENGTH:
-            raise UserError(
-                f"{frames} frames at data.stride={data.stride} span {self.need} frames; "
-                f"a BAIR trajectory has {LENGTH}"
-            )
+            span = f"{frames} frames at data.stride={data.stride} span {self.need} frames"
+            raise UserError(f"{span}; a BAIR trajectory has {LENGTH}")
         root = Path(data.path)
         folders = root / "softmotion30_44k" / split, root / split
-        files = next(filter(None, (sorted(f.glob("*.tfrecords")) for f in folders)), [])
+        files = [file for folder in folders for file in sorted(folder.glob("*.tfrecords"))]
         if not files:
             raise UserError(f"data.path={root} holds no softmotion30_44k/{split}/*.tfrecords")
         self.records = [(file, *record) for file in files for record in read_records(file)]
@@ -52,21 +48,18 @@ class Bair:
         if start is None:
             rng = np.random.default_rng([self.seed, self.split, index])
             start = int(rng.integers(LENGTH - self.need + 1))
-        wanted = range(start, start + self.need, self.stride)
+        wanted = range(start, start + self.need, self.data.stride)
         try:
             data = read_record(file, offset, length)
-            images = [find_image(data, f"{t}/image_aux1/encoded") for t in wanted]
+            clip = to_tensor(
+                np.stack([find_image(data, f"{t}/image_aux1/encoded") for t in wanted])
+            )
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}") from None
         except KeyError as error:
-            raise UserError(
-                f"{file} is not of the BAIR data set: "
-                f"the record at byte {offset} has no image {error.args[0]} of 64x64"
-            ) from None
-        clip = to_tensor(np.stack(images))
-        if self.size == NATIVE:
-            return clip
-        return torch.nn.functional.interpolate(clip, (self.size, self.size), mode="area")
+            what = f"the record at byte {offset} has no image {error.args[0]} of 64x64"
+            raise UserError(f"{file} is not of the BAIR data set: {what}") from None
+        return torch.nn.functional.interpolate(clip, (self.data.size,) * 2, mode="area")
 
 
 def read_records(file: Path) -> list[tuple[int, int]]:
@@ -80,11 +73,9 @@ def read_records(file: Path) -> list[tuple[int, int]]:
             stream.seek(offset)
             head = stream.read(12)
             length = int.from_bytes(head[:8], "little")
-            if not _checksum_agrees(head[:8], head[8:]) or offset + 16 + length > total:
-                raise UserError(
-                    f"{file} is damaged or truncated: no whole record begins at byte {offset}; "
-                    "fetch it again"
-                )
+            if offset + 16 + length > total:
+                raise UserError(f"{file} is truncated or damaged at byte {offset}; fetch it again")
+            _check(head[:8], head[8:], file, offset)
             records.append((offset + 12, length))
             offset += 16 + length
     return records
@@ -94,18 +85,16 @@ def read_record(file: Path, offset: int, length: int) -> bytes:
     """Return the data of a record. Raises UserError if it does not match its checksum."""
     with open(file, "rb") as stream:
         stream.seek(offset)
-        data, checksum = stream.read(length), stream.read(4)
-    if not _checksum_agrees(data, checksum):
-        raise UserError(
-            f"{file} is damaged at byte {offset}: the checksum does not match; fetch it again"
-        )
+        data = stream.read(length)
+        _check(data, stream.read(4), file, offset)
     return data
 
 
-def _checksum_agrees(data: bytes, checksum: bytes) -> bool:
-    """Compare the masked CRC-32C of TFRecord files."""
+def _check(data: bytes, checksum: bytes, file: Path, offset: int):
+    """Compare the masked CRC-32C of TFRecord files. Raises UserError."""
     crc = require("google_crc32c", "google-crc32c").value(data)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF) == checksum
+    if struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF) != checksum:
+        raise UserError(f"{file} is damaged at byte {offset}: wrong checksum; fetch it again")
 
 
 def find_image(data: bytes, name: str) -> np.ndarray:

@@ -1,12 +1,12 @@
 """Clips of files to score: an .npz with a uint8 array (clips, T, H, W, 3), or a folder of videos.
 
-clips = open_clips("runs/pushing/samples/samples.npz", "samples", args)
-for batch in clips.batches(range(8), 4):   # uint8 (4, T, H, W, 3)
+real, generated = open_both(args)
+for batch in real: ...            # uint8 (args.batch, T, H, W, 3)
 """
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,31 +33,29 @@ class Clips:
     batch: int
     read: Callable  # indices -> uint8 (n, T, H, W, 3)
     title: str | None = None  # of a progress bar
-    order: list[int] | None = None
+    order: Sequence[int] = ()  # default: as they are
 
     def __iter__(self):
-        order, starts = self.order or range(len(self.names)), range(0, len(self.names), self.batch)
+        order = self.order or range(len(self.names))
+        starts = range(0, len(order), self.batch)
         for begin in tqdm(starts, self.title, unit="batch", disable=not self.title):
             yield self.read(order[begin : begin + self.batch])
 
 
 def add_options(parser):
     """Add the options that `open_both` reads."""
+    add = parser.add_argument
     for name, (default, about) in OF_FOLDERS.items():
-        about = f"folders of videos only: {about} (default {default})"
-        parser.add_argument(f"--{name}", type=int, help=about)
+        add(f"--{name}", type=int, help=f"folders of videos only: {about} (default {default})")
     about = "clips of one name belong to each other: also PSNR and SSIM"
-    parser.add_argument("--paired", action="store_true", help=about)
+    add("--paired", action="store_true", help=about)
     about = "with --paired: frames at the start that do not count in these"
-    parser.add_argument("--context", type=int, default=0, help=about)
+    add("--context", type=int, default=0, help=about)
 
 
 def open_clips(path: str, key: str, args) -> Clips:
-    """Open the clips of an .npz or of a folder. Raises UserError.
-
-    Of an .npz: its only uint8 array of that shape, else the one named `key`. Of every video of a
-    folder: its first --frames frames at --size pixels; a name is without the suffix of a video
-    file, unless two videos would have the same.
+    """Open the clips of an .npz: its only uint8 array of that shape, else the one named `key`; or
+    of a folder: the first --frames frames of every video at --size pixels. Raises UserError.
     """
     if Path(path).is_dir():
         return _open_folder(path, args)
@@ -83,10 +81,8 @@ def open_both(args) -> tuple[Clips, Clips]:
     generated = open_clips(args.generated, "samples", args)
     shape, other = real.shape[1:], generated.shape[1:]
     if shape != other:
-        raise UserError(
-            f"{args.real} holds clips of {shape} (T, H, W, 3) and {args.generated} of {other}; "
-            "they must agree"
-        )
+        both = f"{args.real} of {shape} (T, H, W, 3) and {args.generated} of {other}"
+        raise UserError(f"the clips of both must agree in shape: {both}")
     check_counts(real.shape[0], generated.shape[0])
     if args.context and not args.paired:
         raise UserError(f"--context={args.context} needs --paired")
@@ -100,42 +96,40 @@ def open_both(args) -> tuple[Clips, Clips]:
 def pair(real: list[str], generated: list[str]) -> list[int]:
     """Return the place of each real name among the generated. Raises UserError if they differ."""
     if odd := sorted(set(real) ^ set(generated)):
+        numbers = f"{len(real)} and {len(generated)} here"
         raise UserError(
-            f"--paired needs the same clips in both ({len(real)} and {len(generated)} here; in"
-            f" folders, the same names, video files without suffix); {odd[0]} is in one only"
+            f"--paired needs the same clips in both ({numbers}; in folders, the same names, video "
+            f"files without suffix); {odd[0]} is in one only"
         )
     place = {name: i for i, name in enumerate(generated)}
     return [place[name] for name in real]
 
 
 def _open_folder(path: str, args) -> Clips:
+    """A name is without the suffix of a video file, unless two videos would have the same."""
     root, need = Path(path), (args.frames - 1) * args.stride + 1
     index = read_index(root)
     names = [name for name, times in index.items() if len(times) >= need]
     if short := len(index) - len(names):
-        of = f"{short} of {len(index)} videos of {path}"
-        warn(f"{of} have fewer than {need} frames and are left out")
+        warn(f"{short} of {len(index)} videos of {path} are left out: fewer than {need} frames")
     if not names:
         raise UserError(f"{path} holds no video of at least {need} frames")
-    videos = [root / name for name in names]
-    files = (file for video in videos for file in ([video] if video.is_file() else video.iterdir()))
+    files = (file for name in names for file in (root / name, *(root / name).glob("*")))
     if any(file.suffix.lower() in (".jpg", ".jpeg", *VIDEO_FILES) for file in files):
         warn(f"{path} holds compressed videos, whose artefacts count; arrays (.npz) are better")
 
     def read(part):
-        try:
-            wanted = range(0, need, args.stride)
-            of = ((videos[i], index[names[i]]) for i in part)
-            return np.stack([read_frames(*video, wanted, args.size) for video in of])
-        except Unreadable as error:
-            some = ", ".join(names[i] for i in part[:3])
-            raise UserError(f"{path}: {error}, in one of {some} ...; remove or repair it") from None
+        clips, wanted = [], range(0, need, args.stride)
+        for video in (names[i] for i in part):
+            try:
+                clips.append(read_frames(root / video, index[video], wanted, args.size))
+            except Unreadable as error:
+                raise UserError(f"{root / video}: {error}; remove or repair it") from None
+        return np.stack(clips)
 
-    stems = [
-        os.path.splitext(name)[0] if video.is_file() else name for name, video in zip(names, videos)
-    ]
-    unique = stems if len(set(stems)) == len(names) else names
+    stems = [name if (root / name).is_dir() else os.path.splitext(name)[0] for name in names]
     shape = (len(names), args.frames, args.size, args.size, 3)
+    unique = stems if len(set(stems)) == len(names) else names
     return Clips(shape, unique, args.batch, read, title=f"reading {path}")
 
 
@@ -147,18 +141,14 @@ def load_array(path, key) -> np.ndarray:
             for name in stored.files:
                 with contextlib.suppress(ValueError):  # Python objects
                     arrays[name] = stored[name]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except MemoryError:
         raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:  # NumPy and zipfile raise many types for what is damaged or no .npz
         raise UserError(f"{path} is not an .npz of plain arrays") from None
     arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
-    fit = [
-        name
-        for name, array in arrays.items()
-        if array.dtype == np.uint8 and array.ndim == 5 and array.shape[-1] == 3 and array.size
-    ]
+    fit = [n for n, a in arrays.items() if a.dtype == np.uint8 and a.shape[4:] == (3,) and a.size]
     if not fit or (key not in fit and (len(fit) > 1 or key in arrays)):
         held = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
         wanted = f"uint8 array (clips, T, H, W, 3) to take as '{key}'"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from support.bair import Bair
 from support.config import Data, UserError, warn
@@ -32,28 +33,21 @@ def open_source(data: Data, seed: int, split: str, frames: int, cache=None):
     cache: file that keeps the index of a folder. Raises UserError if data.path holds no clips.
     """
     if data.name != "pushing" and not os.path.exists(data.path):
-        where = f" in {os.getcwd()}, where this was started; a whole path is found from everywhere"
-        raise UserError(
-            f"there is no data.path={data.path}{where * (not os.path.isabs(data.path))}"
-        )
+        where = "" if os.path.isabs(data.path) else f" in {os.getcwd()}, where this was started"
+        raise UserError(f"there is no data.path={data.path}{where}")
     if data.name == "folder":
         return Folder(data, seed, split, frames, cache)
     return {"pushing": Pushing, "bair": Bair}[data.name](data, seed, split, frames)
 
 
 def evenly_spaced(source, count: int) -> list[int]:
-    """Return `count` indices evenly spaced over a source, so that of sorted videos every class is
-    met; more than it has wrap.
-    """
-    if count > len(source):
-        return list(range(count))
-    return np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
+    """Return `count` indices evenly spaced over a source; more than it has wrap."""
+    last = max(len(source), count) - 1  # videos are sorted: of every class some
+    return np.linspace(0, last, count).round().astype(int).tolist()
 
 
 def fingerprint(source) -> str:
-    """Return what decides the order of clips beside the seed: the number of items and a hash of
-    their names and lengths.
-    """
+    """Return what decides the order of clips beside the seed, the items' names and lengths."""
     manifest = repr(source.manifest()).encode("utf-8", "surrogateescape")
     return f"{len(source)} items, {hashlib.sha256(manifest).hexdigest()[:12]}"
 
@@ -61,7 +55,7 @@ def fingerprint(source) -> str:
 # ------------------------------------------------------------------------ order, batches, processes
 
 
-class Stream(torch.utils.data.Dataset):
+class Stream(Dataset):
     """Position in training (clips seen) -> (clip, position); a new permutation every epoch."""
 
     def __init__(self, source, seed: int):
@@ -87,7 +81,7 @@ def loader(
     out each epoch exactly and a run that resumes at batch n sees what the unbroken run would have.
     """
     begins = range((first * ranks + rank) * batch, (last * ranks + rank) * batch, ranks * batch)
-    return torch.utils.data.DataLoader(
+    return DataLoader(
         Stream(source, seed),
         batch_sampler=(range(begin, begin + batch) for begin in begins),
         num_workers=workers,
@@ -98,9 +92,8 @@ def loader(
 
 def _ignore_signals(_worker):
     """Ctrl-c and a scheduler's SIGTERM reach all processes; the training one ends its workers."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------- folders of videos
@@ -115,26 +108,19 @@ class Folder:
     The test split is what the text file `data.test_list` names, if given; else the folder `test/`
     (without that, `val/`) beside `train/`; else, of fewer than FEW videos, the last fifth of each,
     and of more, those whose path has a hash in the lowest tenth, so that a video stays in its split
-    as others are added. Videos shorter than a clip are left out, with a warning. Raises UserError
-    if nothing is left.
+    as others are added. Raises UserError if no video is as long as a clip.
     """
 
     def __init__(self, data: Data, seed: int, split: str, frames: int, cache=None):
-        self.root, self.size, self.stride, self.seed = Path(data.path), data.size, data.stride, seed
-        self.split, self.need = SPLITS.index(split), (frames - 1) * data.stride + 1
-        self.failed = set()
+        self.data, self.seed, self.split = data, seed, SPLITS.index(split)
+        self.root, self.need, self.failed = Path(data.path), (frames - 1) * data.stride + 1, set()
         index, shortest = read_index(self.root, cache), (data.frames - 1) * data.stride + 1
         length = {name: len(times) for name, times in index.items() if len(times) >= shortest}
         mine = _split(self.root, length, split, data.test_list)
-        self.videos = [
-            (name, index[name], first, count) for name, first, count in mine if count >= self.need
-        ]
-        short = len(index) - len(length) + len(mine) - len(self.videos)
-        if short:
-            warn(
-                f"{short} of {len(index)} videos are shorter than a clip of the {split} split "
-                f"({self.need} frames) and left out"
-            )
+        self.videos = [(name, index[name], first, n) for name, first, n in mine if n >= self.need]
+        if short := len(index) - len(length) + len(mine) - len(self.videos):
+            of = f"than a clip of the {split} split ({self.need} frames)"
+            warn(f"{short} of {len(index)} videos are shorter {of} and left out")
         if not self.videos:
             raise UserError(
                 f"no video of at least {self.need} frames in {data.path} for the {split} split; "
@@ -150,37 +136,36 @@ class Folder:
     def clip(self, index: int, start=None) -> torch.Tensor:
         """Return (T, 3, size, size) float32 in [-1, 1]; see `open_source`.
 
-        A damaged video is named in a warning, and a clip of the next one takes its place, or
-        another of the same where there is no other. Raises UserError after ATTEMPTS.
+        A damaged video is named in a warning, and a clip of the next one, or another of the same,
+        takes its place. Raises UserError after ATTEMPTS.
         """
         rng = np.random.default_rng([self.seed, self.split, index])
-        attempts = ATTEMPTS if start is None else min(len(self), ATTEMPTS)
-        for attempt in range(attempts):
+        for attempt in range(ATTEMPTS):
             name, times, first, count = self.videos[(index + attempt) % len(self)]
             latest = count - self.need
             begin = first + (int(rng.integers(latest + 1)) if start is None else min(start, latest))
-            wanted = range(begin, begin + self.need, self.stride)
-            path = self.root / name
+            wanted, path = range(begin, begin + self.need, self.data.stride), self.root / name
             try:
-                return to_tensor(read_frames(path, times, wanted, self.size))
+                return to_tensor(read_frames(path, times, wanted, self.data.size))
             except Unreadable as error:
-                reason = error
+                reason = f"{path}: {error}"
                 if name not in self.failed:
                     self.failed.add(name)
-                    warn(f"{path}: {reason}; another clip takes its place", everywhere=True)
+                    warn(f"{reason}; another clip takes its place", everywhere=True)
         gone = "" if os.access(path, os.R_OK) else "; is the disk still there?"
-        raise UserError(f"{path}: {reason}; none of {attempts} clips can be read{gone}")
+        raise UserError(f"{reason}; none of {ATTEMPTS} clips can be read{gone}")
 
 
 def _split(root: Path, length: dict[str, int], split: str, test_list: str):
     """Return [(name, first frame, frames)] of a split, of the usable videos and their lengths."""
-    folders = {"train": "train", "test": "test" if (root / "test").is_dir() else "val"}
+    held_out_folder = "test/" if (root / "test").is_dir() else "val/"
     if test_list:
         held_out = _read_list(test_list, length)
-    elif all((root / folder).is_dir() for folder in folders.values()):
-        if folders[split] == "val":
+    elif (root / "train").is_dir() and (root / held_out_folder).is_dir():
+        folder = "train/" if split == "train" else held_out_folder
+        if folder == "val/":
             warn(f"{root} has no test/: val/ is the test split")
-        return [(name, 0, n) for name, n in length.items() if name.startswith(f"{folders[split]}/")]
+        return [(name, 0, n) for name, n in length.items() if name.startswith(folder)]
     elif len(length) < FEW:
         if split == "train":
             return [(name, 0, n - n // 5) for name, n in length.items()]
@@ -206,13 +191,9 @@ def _read_list(file: str, names) -> set[str]:
     wanted = [line.strip() for line in lines if line.strip()]
     found = [known.get(line) or known.get(re.sub(r"\s+\d+$", "", line)) for line in wanted]
     if None in found:
-        missing = wanted[found.index(None)]
+        missing = f"such as {wanted[found.index(None)]}"
         if not any(found):
-            raise UserError(
-                f"data.test_list={file} names no video below data.path, such as {missing}"
-            )
-        warn(
-            f"{found.count(None)} of {len(found)} videos of {file} "
-            f"are not there or not usable, such as {missing}"
-        )
+            raise UserError(f"data.test_list={file} names no video below data.path, {missing}")
+        of = f"{found.count(None)} of {len(found)} videos of {file}"
+        warn(f"{of} are not there or not usable, {missing}")
     return set(found)

@@ -1,12 +1,9 @@
-"""The built-in world: a gripper pushes blocks and pucks. Simulator, renderer, detector.
-
-    source = Pushing(cfg.data, seed=0, split="train", frames=8)
-    source.clip(index)                                        # (T, 3, size, size) in [-1, 1]
-    correct_frames(detect(video), source.state(index))
+"""The built-in world: a gripper pushes blocks and pucks. Simulator, renderer, detector, scores.
 
 Ours, for want of a small public data set whose truth is known. Nothing is downloaded.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -49,38 +46,34 @@ class Pushing:
     """
 
     def __init__(self, data: Data, seed: int, split: str, frames: int):
-        self.size, self.seed, self.frames, self.stride = data.size, seed, frames, data.stride
-        self.objects, self.texture = data.objects, data.texture
-        self.split = int(split == "test")
-        self.length = data.train_clips if split == "train" else TEST_CLIPS
+        self.data, self.seed, self.split, self.frames = data, seed, int(split == "test"), frames
 
     def __len__(self):
-        return self.length
+        return TEST_CLIPS if self.split else self.data.train_clips
 
     def manifest(self):
         return []  # the configuration says it all
 
     def clip(self, index: int, start=None) -> torch.Tensor:
         """(T, 3, size, size) float32 in [-1, 1]. Every clip starts at its first frame."""
-        table = _pattern(self._rng(index, 2), self.size, self.texture) if self.texture else 0
-        return torch.from_numpy(render(self.state(index), self.size, table))
+        size, texture = self.data.size, self.data.texture
+        table = _pattern(self._rng(index, 2), size, texture) if texture else 0
+        return torch.from_numpy(render(self.state(index), size, table))
 
     def _rng(self, index: int, *stream: int):
         return np.random.default_rng([self.seed, self.split, index % len(self), *stream])
 
     def state(self, index: int, context: int = 0) -> State:
         """The state of a clip; with a context, another, as likely future of its first frames."""
-        steps = (self.frames - 1) * self.stride
-        kicks = (self._rng(index, 1), (context - 1) * self.stride) if context else ()
-        state = simulate(self._rng(index), steps, self.objects, *kicks)
-        return replace(state, position=state.position[:: self.stride])
+        stride = self.data.stride
+        kicks = (self._rng(index, 1), (context - 1) * stride) if context else ()
+        steps = (self.frames - 1) * stride
+        state = simulate(self._rng(index), steps, self.data.objects, *kicks)
+        return replace(state, position=state.position[::stride])
 
 
 def simulate(rng, steps: int, objects: int = 3, other_rng=None, since: int = 0) -> State:
-    """Simulate 2 to `objects` objects; `other_rng`, if given, kicks the gripper from `since` on.
-
-    Plain floats are faster than arrays for four bodies.
-    """
+    """Simulate 2 to `objects` objects; `other_rng`, if given, kicks the gripper from `since` on."""
     count = int(rng.integers(2, objects + 1))
     shapes = [GRIPPER_SIZE] + [(PUCK, BLOCK)[k] for k in rng.integers(0, 2, count)]
     colour = np.concatenate([[0], 1 + rng.permutation(len(PALETTE) - 1)[:count]])
@@ -89,8 +82,7 @@ def simulate(rng, steps: int, objects: int = 3, other_rng=None, since: int = 0) 
     angle = math.atan2(aim[1] - place[0][1], aim[0] - place[0][0])
     angle += 0.5 * float(rng.standard_normal())
     speed = float(rng.uniform(0.02, 0.06))
-    velocity = [[0.0, 0.0] for _ in shapes]
-    velocity[0] = [speed * math.cos(angle), speed * math.sin(angle)]
+    velocity = [[speed * math.cos(angle), speed * math.sin(angle)]] + [[0.0, 0.0]] * count
     kicks = KICK * rng.standard_normal((steps, 2))
     if other_rng:
         kicks[since:] = KICK * other_rng.standard_normal((steps - since, 2))
@@ -107,7 +99,7 @@ def simulate(rng, steps: int, objects: int = 3, other_rng=None, since: int = 0) 
 def _scatter(rng, shapes):
     """Draw places without overlap, by rejection."""
     while True:
-        place = [[float(v) for v in rng.uniform(sum(s), 1 - sum(s), 2)] for s in shapes]
+        place = [rng.uniform(sum(s), 1 - sum(s), 2).tolist() for s in shapes]
         if _max_overlap(place, shapes) < -0.02:
             return place
 
@@ -118,21 +110,23 @@ def _overlap(a, b, shape_a, shape_b):
     core, radius = shape_a[0] + shape_b[0], shape_a[1] + shape_b[1]
     dx, dy = abs(x) - core, abs(y) - core
     if dx <= 0 and dy <= 0:  # the cores themselves overlap: leave by the nearer side
-        dx, dy = (dx, 0.0) if dx > dy else (0.0, dy)
-        direction = (math.copysign(float(dx != 0), x), math.copysign(float(dy != 0), y))
-        return radius - (dx + dy), direction
+        direction = (math.copysign(1, x), 0.0) if dx > dy else (0.0, math.copysign(1, y))
+        return radius - max(dx, dy), direction
     dx, dy = max(dx, 0.0), max(dy, 0.0)
     distance = math.hypot(dx, dy)
     return radius - distance, (math.copysign(dx / distance, x), math.copysign(dy / distance, y))
 
 
 def _max_overlap(place, shapes):
-    pairs = [(i, j) for i in range(len(shapes)) for j in range(i + 1, len(shapes))]
-    return max(_overlap(place[i], place[j], shapes[i], shapes[j])[0] for i, j in pairs)
+    pairs = itertools.combinations(zip(place, shapes), 2)
+    return max(_overlap(a, b, shape_a, shape_b)[0] for (a, shape_a), (b, shape_b) in pairs)
 
 
 def _substep(place, velocity, shapes):
-    """Move all bodies and resolve overlaps; in a jam, stay and bounce back."""
+    """Move all bodies and resolve overlaps; in a jam, stay and bounce back.
+
+    Plain floats are faster than arrays for four bodies.
+    """
     new = [[p[0] + v[0] / SUBSTEPS, p[1] + v[1] / SUBSTEPS] for p, v in zip(place, velocity)]
     gripper = velocity[0]
     for _ in range(6):
@@ -141,7 +135,7 @@ def _substep(place, velocity, shapes):
             break
     inside = all(sum(s) <= v <= 1 - sum(s) for p, s in zip(new, shapes) for v in p)
     if moved and not (inside and _max_overlap(new, shapes) < TOUCH):
-        return place, [[-0.5 * v for v in gripper]] + [[0.0, 0.0] for _ in shapes[1:]]
+        return place, [[-0.5 * v for v in gripper]] + [[0.0, 0.0]] * (len(shapes) - 1)
     velocity = [gripper]
     for p, q, shape in zip(place[1:], new[1:], shapes[1:]):
         glide = GLIDE * SUBSTEPS if shape is PUCK else 0.0
@@ -192,7 +186,7 @@ def render(state: State, size: int, table=0) -> np.ndarray:
     image[:] = 2 * (np.array(TABLE, np.float32)[:, None, None] + table) - 1
     gx, gy = state.position[:, 0].T
     _draw(image, gx, gy / 2, 0.02, gy / 2, 0.01, ARM)
-    for body in range(state.position.shape[1] - 1, -1, -1):
+    for body in reversed(range(len(state.core))):
         x, y = state.position[:, body].T
         core = state.core[body]
         _draw(image, x, y, core, core, state.radius[body], PALETTE[state.colour[body]])
@@ -221,14 +215,13 @@ def detect(video: np.ndarray) -> dict[str, np.ndarray]:
     `x`, `y` (NaN where absent), and `compactness`, the second moment over that of a disc of the
     same area: 1 for a disc, 1.05 for a square, more for pieces.
     """
-    size = video.shape[-1]
     rgb = np.moveaxis((np.asarray(video, np.float32) + 1) / 2, -3, -1)  # (..., H, W, 3)
     palette = np.concatenate([PALETTE, np.array([TABLE], np.float32)])
     distance = np.stack([((rgb - c) ** 2).sum(-1) for c in palette], -1)  # (..., H, W, colours + 1)
     nearest = distance.argmin(-1)[..., None] == np.arange(len(PALETTE))
-    mask = nearest & (distance[..., :-1] < 0.4**2)
-    mask = np.moveaxis(mask, -1, -3).astype(np.float32)  # (..., colours, H, W)
+    mask = np.moveaxis(nearest & (distance[..., :-1] < 0.4**2), -1, -3).astype(np.float32)
     pixels = mask.sum((-2, -1))
+    size = video.shape[-1]
     centre = (np.arange(size, dtype=np.float32) + 0.5) / size
     weight = mask / np.where(pixels, pixels, np.nan)[..., None, None]
     across, down = weight.sum(-2), weight.sum(-1)  # marginals
@@ -255,12 +248,11 @@ def correct_frames(found: dict, state: State) -> np.ndarray:
 
 
 def shape_scores(video: np.ndarray, found: dict, state: State) -> np.ndarray:
-    """(T, bodies): 1 for a body in its own shape, -1 in the other (square for disc, disc for
-    square) of the same area, 0 half-way; NaN where it was not found.
+    """(T, bodies): 1 for a body in its own shape, -1 in the other (disc or square) of the same
+    area, 0 half-way; NaN where it was not found.
 
     video: (T, 3, H, W) in [-1, 1]; found: its `detect`. A frame is projected on the line between
     the pictures of either shape where the body was found, so blur and a wrong size hardly count.
-    A pattern on the table, which these lack, brings the result nearer to 0.
     """
     place = np.stack([found["x"], found["y"]], -1)[:, state.colour]  # (T, bodies, 2)
     missing = np.isnan(place)
@@ -272,7 +264,8 @@ def shape_scores(video: np.ndarray, found: dict, state: State) -> np.ndarray:
         core[body], radius[body] = PUCK if core[body] else BLOCK
         changed = replace(state, core=core, radius=radius)
         scale = np.sqrt(area / changed.area())  # 1 but for this body
-        other = render(replace(changed, core=scale * core, radius=scale * radius), video.shape[-1])
+        changed = replace(changed, core=scale * core, radius=scale * radius)
+        other = render(changed, video.shape[-1])
         towards = own - other
         length = np.maximum((towards**2).sum((1, 2, 3)), 1e-6)
         result[:, body] = 2 * ((video - other) * towards).sum((1, 2, 3)) / length - 1
@@ -287,14 +280,10 @@ def object_measures(clip: np.ndarray, state: State, context: int) -> dict[str, n
     """
     video = np.moveaxis(clip, -1, -3) / np.float32(127.5) - 1
     found = detect(video)
-    correct = correct_frames(found, state)
-    shape_correct = correct & (shape_scores(video, found, state) > 0).all(-1)
+    right = correct_frames(found, state)[context:]
+    shaped = right & (shape_scores(video, found, state)[context:] > 0).all(-1)
     path = np.stack([found["x"][:, 0], found["y"][:, 0]], -1)
-    speed = np.hypot(*np.diff(path, axis=0).T)
-    return {
-        "right": correct[context:],
-        "shaped": shape_correct[context:],
-        "speed": speed[max(context - 1, 0) :],
-        "path": path[context:],
-        "lost": np.isnan(path[context:]).any(-1),
-    }
+    speed = np.hypot(*np.diff(path[max(context - 1, 0) :], axis=0).T)
+    path = path[context:]
+    lost = np.isnan(path).any(-1)
+    return {"right": right, "shaped": shaped, "speed": speed, "path": path, "lost": lost}

@@ -3,10 +3,10 @@
     index = read_index(Path("videos"), "index.json")                # {name: times of its frames}
     read_frames(Path("videos/a.mp4"), index["a.mp4"], range(40, 56), 64)  # uint8 (16, 64, 64, 3)
 
-PyAV decodes video, Pillow images. One principle: what is read equals what decoding from the start
-gives. The fast way, to index a file by its packets and to seek, is for files whose packets can be
-trusted. Any other file is decoded once when it is indexed; if its frames can be found by seeking,
-their times are kept, else only their number, and it is read from its start.
+What is read equals what decoding from the start gives. The fast way, to index a file by its packets
+and to seek, is for files whose packets can be trusted. Any other file is decoded once when it is
+indexed; if its frames can be found by seeking, their times are kept, else only their number, and it
+is read from its start.
 """
 
 import bisect
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from support.config import UserError, require, warn
 
 VERSION = 2  # of the index file; one of another version is made anew
-MAX_WARNINGS = 20  # that name a file, in one run; the index file names all
+MAX_WARNINGS = 20  # that name a file; the index file names all
 SUFFIXES = "mp4 m4v mov mkv webm avi gif mpg mpeg ts mts m2ts flv wmv ogv 3gp vob y4m"
 VIDEO_FILES = tuple(f".{suffix}" for suffix in SUFFIXES.split())
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
@@ -62,24 +62,17 @@ def read_index(root: Path, cache=None) -> dict:
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder")
-    stamps, old = find_videos(root), _load(cache, root)
-    index = {
-        name: old[name]
-        for name, stamp in stamps.items()
-        if name in old and old[name].get("stamp") == stamp
-    }
+    stamps = find_videos(root)
+    index = _load(cache, root, stamps)
     new = [name for name in stamps if name not in index]
-    for count, (name, entry) in enumerate(_probe_all(root, new), start=1):
+    for count, (name, entry) in enumerate(zip(new, _probe_all([root / n for n in new])), start=1):
         index[name] = {"stamp": stamps[name]} | entry
-        if count % 20_000 == 0:  # indexing a large tree takes long: keep what is done
+        if count % 20_000 == 0 or count == len(new):  # indexing a large tree takes long
             _save(index, root, cache)
     for name in [name for name in new if "skip" in index[name]][:MAX_WARNINGS]:
         warn(f"{root / name} is left out: {index[name]['skip']}")
-    if new or len(old) != len(index):
-        _save(index, root, cache)
     usable = {name: frame_times(e) for name, e in sorted(index.items()) if "skip" not in e}
-    skipped = len(index) - len(usable)
-    if skipped:
+    if skipped := len(index) - len(usable):
         warn(f"{skipped} of {len(index)} files in {root} cannot be read as video and are left out")
     if not usable:
         raise UserError(f"{root} holds no usable video ({len(index)} files looked at)")
@@ -101,8 +94,8 @@ def _save(index, root: Path, cache):
             os.unlink(temporary)
 
 
-def _load(cache, root: Path) -> dict:
-    """Return the entries of the index file; {} if it is missing, damaged or of another root."""
+def _load(cache, root: Path, stamps) -> dict:
+    """Return the entries of the index file that still hold; {} of a damaged file, another root."""
     if not cache or not Path(cache).exists():
         return {}
     try:
@@ -112,7 +105,7 @@ def _load(cache, root: Path) -> dict:
         for entry in stored["videos"].values():
             if "skip" not in entry:
                 len(frame_times(entry))
-        return stored["videos"]
+        return {n: e for n, e in stored["videos"].items() if e["stamp"] == stamps.get(n)}
     except Exception:  # whatever a file of any content leads to
         warn(f"{cache} is damaged and made anew")
         return {}
@@ -125,16 +118,12 @@ def frame_times(entry: dict):
     return np.fromiter(entry["times"], np.int64) if "times" in entry else Untimed(entry["count"])
 
 
-def _probe_all(root: Path, names: list[str]):
-    """Return (name, index entry) of each video, found on all cores if there are many."""
+def _probe_all(paths: list[Path]):
+    """Return the index entries of videos, in their order, found on all cores if there are many."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers, work = cores if len(names) > 500 else 0, functools.partial(_probe, root)
-    entries = DataLoader(names, batch_size=None, num_workers=workers, collate_fn=work)
-    return tqdm(entries, "indexing", unit="video", disable=len(names) < 100)
-
-
-def _probe(root, name):
-    return name, probe(root / name)
+    workers = cores if len(paths) > 500 else 0
+    entries = DataLoader(paths, batch_size=None, num_workers=workers, collate_fn=probe)
+    return tqdm(entries, "indexing", unit="video", disable=len(paths) < 100)
 
 
 def find_videos(root: Path) -> dict[str, list[int]]:
@@ -142,33 +131,30 @@ def find_videos(root: Path) -> dict[str, list[int]]:
 
     Hidden files and __MACOSX are passed over; whatever else is left out is named in a warning.
     """
-    found, visited, closed, dangling, beside = {}, set(), [], [], []
-    walk = os.walk(root, followlinks=True, onerror=lambda error: closed.append(error.filename))
+    found, visited, left_out, closed = {}, set(), {}, "files and folders that may not be opened"
+    walk = os.walk(root, followlinks=True, onerror=lambda e: left_out.update({e.filename: closed}))
     for folder, folders, files in walk:
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:  # a link that leads back
+        real = os.path.realpath(folder)
+        if real in visited:  # a link that leads back
             folders.clear()
             continue
-        visited.add((status.st_dev, status.st_ino))
+        visited.add(real)
         folders[:] = sorted(filter(_visible, folders))
         paths = {os.path.join(folder, name) for name in filter(_visible, files)}
-        videos = {p for p in paths if _ends(p, VIDEO_FILES) and os.path.isfile(p)}
-        images = set(_find_images(folder)) if any(_ends(p, IMAGE_FILES) for p in paths) else set()
-        for path in videos:
-            of_file = os.stat(path)
-            found[Path(path).relative_to(root).as_posix()] = [of_file.st_size, of_file.st_mtime_ns]
+        videos = {p for p in paths if p.lower().endswith(VIDEO_FILES) and os.path.isfile(p)}
+        images = _find_images(folder)
+        for path in videos or [folder] * bool(images):
+            status = os.stat(path)
+            found[Path(path).relative_to(root).as_posix()] = [status.st_size, status.st_mtime_ns]
         if videos:
-            beside += images
-        elif images:
-            found[Path(folder).relative_to(root).as_posix()] = [len(images), status.st_mtime_ns]
-        for path in paths - videos - images:
+            left_out |= dict.fromkeys(images, "images beside video files")
+        for path in paths.difference(videos, images):
             if not os.path.exists(path):
-                (dangling if os.path.islink(path) else closed).append(path)
-    kinds = "files and folders that may not be opened", "links that lead nowhere"
-    for kind, paths in zip((*kinds, "images beside video files"), (closed, dangling, beside)):
-        if paths:
-            shown = ", ".join(sorted(paths)[:3] + ["..."] * (len(paths) > 3))
-            warn(f"{len(paths)} {kind} are left out: {shown}")
+                left_out[path] = "links that lead nowhere" if os.path.islink(path) else closed
+    for kind in sorted(set(left_out.values())):
+        paths = sorted(path for path in left_out if left_out[path] == kind)
+        shown = ", ".join(paths[:3] + ["..."] * (len(paths) > 3))
+        warn(f"{len(paths)} {kind} are left out: {shown}")
     return found
 
 
@@ -176,19 +162,15 @@ def _visible(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
 
 
-def _ends(name: str, suffixes) -> bool:
-    return name.lower().endswith(suffixes)
-
-
 def _find_images(folder) -> list[str]:
     """Return the paths of the images in a folder, frame2 before frame10."""
 
     def natural(path):
         parts = re.split(r"(\d+)", os.path.basename(path))
-        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts], path
+        return [int(part) if part.isdecimal() else part for part in parts], path
 
     with os.scandir(folder) as entries:
-        images = [e for e in entries if _visible(e.name) and _ends(e.name, IMAGE_FILES)]
+        images = [e for e in entries if _visible(e.name) and e.name.lower().endswith(IMAGE_FILES)]
     # without a system call for each file that is no link
     paths = [e.path for e in images if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
     return sorted(paths, key=natural)
@@ -203,17 +185,11 @@ Packet = namedtuple("Packet", "pts dts key shown plain")
 
 
 def probe(path: Path) -> dict:
-    """Return the index entry of a video: {"range"}, {"times"} or {"count"} (see `frame_times`), or
-    {"skip": why it cannot be used}. Headers are not trusted: packets are counted, or frames.
-    """
-    av = require("av", "av")
+    """Return the index entry of a video, see `frame_times`, or {"skip": why it cannot be used}."""
     if path.is_dir():
         return {"range": [0, len(_find_images(path)), 1]}
     try:
-        with _open(path) as container:
-            stream = _video_stream(container)
-            if stream.codec_context is None or stream.codec_context.width < 1:
-                return {"skip": "no decoder for its video, or no frame size"}
+        with _open(path) as (container, stream):
             packets = _read_packets(container, stream)
             trusted = _trusted(packets, bool(stream.codec_context.has_b_frames))
             avi = container.format.name == "avi"
@@ -223,7 +199,7 @@ def probe(path: Path) -> dict:
             trusted = shown == times[: len(shown)]
         if not trusted:
             times = _decode_times(path, [p.pts for p in packets if p.key and p.pts is not None])
-    except (av.FFmpegError, OSError, ValueError, IndexError, Unreadable) as error:
+    except (require("av", "av").FFmpegError, OSError, ValueError, IndexError, Unreadable) as error:
         return {"skip": getattr(error, "strerror", None) or str(error)}
     if not times or isinstance(times, int):
         return {"count": times} if times else {"skip": "no frames"}
@@ -231,27 +207,32 @@ def probe(path: Path) -> dict:
     return {"range": [times[0], times[-1] + 1, *steps]} if len(steps) == 1 else {"times": times}
 
 
+@contextlib.contextmanager
 def _open(path: Path):
-    return require("av", "av").open(os.fspath(path.resolve()))
+    """Open a video: its container and its default stream, else the first that is no cover.
 
-
-def _video_stream(container):
-    """Return the default video stream, else the first that is no cover. Raises Unreadable."""
-    streams = [stream for stream in container.streams.video if not stream.disposition & ATTACHED]
-    if not streams:
-        raise Unreadable("no video stream")
-    return max(streams, key=lambda stream: stream.disposition & DEFAULT)  # of equals the first
+    On one thread: more would decode ahead of the last frame, and data processes are parallel.
+    """
+    with require("av", "av").open(os.fspath(path.resolve())) as container:
+        streams = [s for s in container.streams.video if not s.disposition & ATTACHED]
+        if not streams:
+            raise Unreadable("no video stream")
+        stream = max(
+            streams, key=lambda stream: stream.disposition & DEFAULT
+        )  # of equals the first
+        if stream.codec_context is None or stream.codec_context.width < 1:
+            raise Unreadable("no decoder for its video, or no frame size")
+        stream.codec_context.thread_count = 1
+        yield container, stream
 
 
 def _read_packets(container, stream) -> list[Packet]:
     """Return the packets that show a frame, in the order of decoding."""
     context, packets = stream.codec_context, []
-    context.thread_count = 1
-    progressive = getattr(context, "field_order", 0) == PROGRESSIVE  # PyAV 17 does not tell
     for packet in container.demux(stream):
         if not packet.size or (context.name == "vp8" and not memoryview(packet)[0] & 16):
             continue  # nothing, or a frame that only others refer to
-        if not packets and not progressive:
+        if not packets:
             progressive = _is_progressive(packet, context)
         no_frame = context.name == "mpeg4" and packet.size < 8
         open_gop = context.name == "h264" and packet.is_keyframe and not _is_idr(packet, context)
@@ -265,6 +246,8 @@ def _read_packets(container, stream) -> list[Packet]:
 
 def _is_progressive(packet, context) -> bool:
     """Whether a packet gives one frame by itself, not interlaced; else a packet may be a field."""
+    if getattr(context, "field_order", 0) == PROGRESSIVE:  # PyAV 17 does not tell
+        return True
     with contextlib.suppress(require("av", "av").FFmpegError):
         frames = packet.decode() + context.decode(None)
         return len(frames) == 1 and not frames[0].interlaced_frame
@@ -272,9 +255,7 @@ def _is_progressive(packet, context) -> bool:
 
 
 def _is_idr(packet, context) -> bool:
-    """Whether nothing after an H.264 key frame looks back behind it: it begins neither an open GOP
-    nor a gradual refresh.
-    """
+    """Whether an H.264 key frame begins neither an open GOP nor a gradual refresh."""
     data, config = memoryview(packet), context.extradata or b""
     if len(config) < 5 or config[0] != 1:  # Annex B: NAL units come after start codes
         return bool(re.search(rb"\x00\x00\x01[\x05\x25\x45\x65]", data))
@@ -285,9 +266,7 @@ def _is_idr(packet, context) -> bool:
 
 
 def _trusted(packets: list[Packet], reorders: bool) -> bool:
-    """Whether each packet is a frame shown at its time and decoding can begin at each key frame.
-    reorders: the decoder may put frames into another order.
-    """
+    """Whether each packet is a frame shown at its time and decoding can begin at each key frame."""
     pts, dts = [p.pts for p in packets], [p.dts for p in packets if p.dts is not None]
     if not packets or None in pts or len(set(pts)) < len(pts):
         return False
@@ -345,7 +324,7 @@ def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
 
     times: of all its frames, as in the index. Raises Unreadable.
     """
-    numbered, reason = isinstance(times, Untimed), ""
+    numbered = isinstance(times, Untimed)
     needed = list(wanted) if numbered else [int(times[i]) for i in wanted]
     for earlier in (None,) if numbered or not wanted.start else (*EARLIER, None):
         try:
@@ -354,12 +333,11 @@ def read_frames(path: Path, times, wanted: range, size: int) -> np.ndarray:
                 taken = [_read_image(image, size) for image in images]
             else:
                 taken = decode(path, size, needed, earlier, numbered)
+            if len(taken) == len(needed):
+                return np.stack(taken)
+            reason = f"only {len(taken)} of {len(needed)} frames of a clip can be decoded"
         except (require("av", "av").FFmpegError, OSError, ValueError, IndexError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            continue
-        if taken and len(taken) == len(needed):
-            return np.stack(taken)
-        reason = f"only {len(taken)} of {len(needed)} frames of a clip can be decoded"
     raise Unreadable(reason)
 
 
@@ -386,13 +364,9 @@ def _play(path: Path, begin=None, needed=None):
 
     begin: (time, how many seconds earlier) to seek to; None: the start. needed: times; what these
     do not need, not even by way of other frames, goes undecoded.
-    On one thread: more would decode ahead of the last one, and data processes are parallel already.
     """
-    av = require("av", "av")
-    with _open(path) as container:
-        stream = _video_stream(container)
-        context, damaged = stream.codec_context, False
-        context.thread_count = 1
+    with _open(path) as (container, stream):
+        context = stream.codec_context
         if begin:
             container.seek(begin[0] - int(begin[1] / stream.time_base), stream=stream)
         for packet in container.demux(stream):
@@ -400,8 +374,8 @@ def _play(path: Path, begin=None, needed=None):
                 wanted = packet.pts is None or packet.pts in needed
                 context.skip_frame = "DEFAULT" if wanted else "NONREF"
             try:
-                frames = packet.decode()
-            except av.FFmpegError:
+                frames, damaged = packet.decode(), False
+            except require("av", "av").FFmpegError:
                 frames, damaged = context.decode(None), True
             for frame in frames:
                 yield frame, stream.sample_aspect_ratio
@@ -411,23 +385,20 @@ def _play(path: Path, begin=None, needed=None):
 
 def _read_image(path: str, size: int) -> np.ndarray:
     """Return an image, uint8 (size, size, 3), turned as its EXIF says. Raises Unreadable."""
-    av, pillow = require("av", "av"), require("PIL.Image", "pillow")
-    exif_transpose = require("PIL.ImageOps", "pillow").exif_transpose
-    name = os.path.basename(path)
+    pillow, ops = require("PIL.Image", "pillow"), require("PIL.ImageOps", "pillow")
     try:
         with warnings.catch_warnings(), pillow.open(path) as image:
             warnings.simplefilter("ignore")
-            image = exif_transpose(image)
+            image = ops.exif_transpose(image)
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
                 image = pillow.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.mode in ("I", "F"):
-                raise Unreadable(f"the pixels of {name} have neither 8 nor 16 bits")
+                raise ValueError
             pixels = np.asarray(image.convert("RGB"))
-    except Unreadable:
-        raise
     except Exception:  # Pillow raises errors of many kinds for damaged files
-        raise Unreadable(f"{name} is not a whole image") from None
-    return _crop(av.VideoFrame.from_ndarray(pixels, format="rgb24"), size)
+        reason = f"{os.path.basename(path)} is not a whole image of 8 or 16 bits"
+        raise Unreadable(reason) from None
+    return _crop(require("av", "av").VideoFrame.from_ndarray(pixels, format="rgb24"), size)
 
 
 def _crop(frame, size, aspect=None):
@@ -458,24 +429,19 @@ def read_ending(path, size: int, frames: int, stride: int) -> torch.Tensor:
 
     Up to DAMAGED_END frames of a damaged ending are passed over. Raises UserError.
     """
-    path, need = Path(path), (frames - 1) * stride + 1
     if not frames:
         return torch.zeros(0, 3, size, size)
+    path, need = Path(path), (frames - 1) * stride + 1
     entry = probe(path)
     if "skip" in entry:
         raise UserError(f"{path} cannot be read as video: {entry['skip']}")
     times = frame_times(entry)
     if len(times) < need:
-        raise UserError(
-            f"{path} has {len(times)} frames; {need} are needed "
-            f"for {frames} frames of context at stride {stride}"
-        )
+        raise UserError(f"{path} has {len(times)} frames; {need} are needed at stride {stride}")
     for end in range(len(times), max(need, len(times) - DAMAGED_END) - 1, -1):
-        try:
+        with contextlib.suppress(Unreadable):
             return to_tensor(read_frames(path, times, range(end - need, end, stride), size))
-        except Unreadable as error:
-            reason = error
-    raise UserError(f"{path}: {reason}")
+    raise UserError(f"the last frames of {path} cannot be decoded")
 
 
 # ------------------------------------------------------------------------------------------- pixels
