@@ -11,9 +11,10 @@ def to_precision(precision: str, *networks) -> None:
 
     The results are the same, under autocast only.
     """
-    for part in (part for network in networks for part in network.modules() if precision == "bf16"):
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            part.bfloat16()
+    for network in networks if precision == "bf16" else ():
+        for part in network.modules():
+            if isinstance(part, (nn.Linear, nn.Conv2d)):
+                part.bfloat16()
 
 
 def add_compile(parser):
