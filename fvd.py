@@ -20,8 +20,8 @@ from sample import continue_clips
 from support import clips, metrics, protocols, report, runs, storage
 from support.config import UserError
 from support.machine import autocast, pick_device
-from support.metrics import check_counts
-from support.protocols import PROTOCOLS, Run, collect, frame_figures, object_figures
+from support.metrics import BEST, check_counts
+from support.protocols import PROTOCOLS, Run, collect, object_figures
 
 # --------------------------------------------------------------------------- distances between sets
 
@@ -103,11 +103,12 @@ def summarise(detectors, got, trajectories: list[str], pooled: bool, slow=True) 
         each = [set_scores(f["real"], f[kind], d.standardise, slow) for kind in trajectories]
         values = {key: [scores[key] for scores in each] for key in each[0]}
         spread = min(1, len(each) - 1)  # degrees of freedom that the mean takes
-        sets[d.name] = metrics.describe(d) | {"each": each}
-        sets[d.name]["mean"] = {key: float(np.mean(v)) for key, v in values.items()}
-        sets[d.name]["std"] = {key: float(np.std(v, ddof=spread)) for key, v in values.items()}
-        for kind, features in kinds.items():
-            sets[d.name][kind] = set_scores(f["real"], features, d.standardise, slow)
+        sets[d.name] = metrics.describe(d) | {
+            "each": each,
+            "mean": {key: float(np.mean(v)) for key, v in values.items()},
+            "std": {key: float(np.std(v, ddof=spread)) for key, v in values.items()},
+            **{k: set_scores(f["real"], x, d.standardise, slow) for k, x in kinds.items()},
+        }
     return {
         "trajectories": len(trajectories),
         "set_scores_are": "all samples as one set" if pooled else "mean over samples",
@@ -116,6 +117,22 @@ def summarise(detectors, got, trajectories: list[str], pooled: bool, slow=True) 
         **frame_figures(got.frames, trajectories),
         **object_figures(got.objects, trajectories),
     }
+
+
+def frame_figures(frames: dict, trajectories: list[str]) -> dict:
+    """Return mean and best of several samples (kinds named in `trajectories`) for each score."""
+    figures = {}
+    for name, kinds in frames.items():
+        values = np.stack([kinds[kind] for kind in trajectories])  # (trajectories, clips)
+        best = values.min(0) if BEST[name] is min else values.max(0)
+        figures[name] = {
+            "mean": float(values.mean()),
+            f"best_of_{len(values)}": float(best.mean()),
+            "each": values.mean(1).tolist(),
+        }
+        if "reconstruction" in kinds:
+            figures[name]["reconstruction"] = float(kinds["reconstruction"].mean())
+    return figures
 
 
 # ------------------------------------------------------------------------------------ the two uses

@@ -71,11 +71,9 @@ class I3D(nn.Module):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch calls TorchScript deprecated, at length
                 self.net = torch.jit.load(path, map_location="cpu").eval()
-        except OSError as error:
-            raise UserError(f"cannot read the detector {path}: {error.strerror}") from None
-        except (RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             cause = str(error).splitlines()[0]
-            raise UserError(f"{path} is not a TorchScript file: {cause}") from None
+            raise UserError(f"cannot read {path} as a TorchScript file: {cause}") from None
         self.path = path
 
     def forward(self, video):

@@ -42,15 +42,11 @@ def draw_grid(samples, truth, context, path, clips=6, most=16):
     """
     length = samples.shape[1]
     times = np.unique(np.linspace(0, length - 1, min(most, length)).round().astype(int))
-    rows, labels = [], []
-    for i in range(min(clips, len(samples))):
-        if truth is not None:
-            rows.append(truth[i, times])
-            labels.append(f"clip {i} truth")
-        rows.append(samples[i, times])
-        labels.append("sample" if truth is not None else f"clip {i}")
+    videos = {"sample": samples} if truth is None else {"truth": truth, "sample": samples}
+    shown = [(i, name) for i in range(min(clips, len(samples))) for name in videos]
     titles = [f"context {t + 1}" if t < context else str(t + 1) for t in times]
-    figure(rows, titles, labels, path)
+    labels = [f"clip {i} {name}" for i, name in shown]
+    figure([videos[name][i, times] for i, name in shown], titles, labels, path)
 
 
 def draw_steps(frame, tokenizer, samples, truth, context, path, clips=4):
@@ -108,10 +104,9 @@ def write_gif(samples, truth, context, path, clips=8, fps=4, pixels=96):
     """
     from PIL import Image
 
-    samples = samples[:clips]
-    scale = max(1, pixels // samples.shape[3])
-    rows = [samples] if truth is None else [truth[:clips, : samples.shape[1]], samples]
-    movie = np.concatenate([tile(row, len(row), scale) for row in rows], axis=1)
+    videos = [samples] if truth is None else [truth[:, : samples.shape[1]], samples]
+    both = np.concatenate([video[:clips] for video in videos])
+    movie = tile(both, len(both) // len(videos), max(1, pixels // samples.shape[3]))
     bar = np.full_like(movie[:, :6], 150)
     bar[context:] = (60, 180, 75)
     images = [

@@ -76,9 +76,6 @@ def protocol_of(ckpt) -> str:
     return {"pushing": "pushing", "folder": "own", "bair": "bair"}[stored.data.name]
 
 
-TEST_SEED = 0  # the test clips of runs with different seeds are the same
-
-
 class Run:
     """A trained model with what is needed to score it by one protocol.
 
@@ -109,9 +106,9 @@ class Run:
             fast.compile_parts(self.model)
         self.start, index = p.start, runs.run_folder(ckpt) / "index.json"
         self.test, self.train = (
-            data.open_source(cfg.data, TEST_SEED, split, cfg.sample.frames, index)
+            data.open_source(cfg.data, 0, split, cfg.sample.frames, index)
             for split in ("test", "train")
-        )
+        )  # seed 0: the test clips are the same whatever the run's seed is
         self.indices = data.evenly_spaced(self.test, min(args.clips or p.clips, len(self.test)))
         metrics.check_counts(len(self.indices))
         self.others = data.evenly_spaced(self.train, len(self.indices))
@@ -188,11 +185,11 @@ def collect(run: Run, kinds: dict, detectors: list, floor=False, losses=True) ->
         sources["floor"] = Clips(run.train, run.others, run.start)
     loader = DataLoader(StackDataset(**sources), run.batch, num_workers=run.cfg.data.workers)
     measured, parts = defaultdict(list), []
-    total = len(run.indices) * len(sources | kinds)
-    with tqdm(total=total, desc="scoring", unit="clip") as bar:
+    every = [*sources, *kinds]
+    with tqdm(total=len(run.indices) * len(every), desc="scoring", unit="clip") as bar:
         for begin, given in zip(range(0, len(run.indices), run.batch), loader):
             real, indices = given["real"], run.indices[begin : begin + run.batch]
-            for kind in sources | kinds:
+            for kind in every:
                 video = given[kind] if kind in given else kinds[kind](real, indices)
                 for key, values in measure(run, detectors, kind, video, real, indices):
                     measured[key].append(values)
@@ -241,22 +238,6 @@ def held_out_losses(run, real) -> dict:
 
 
 # ------------------------------------------------------------------------------ measures to figures
-
-
-def frame_figures(frames: dict, trajectories: list[str]) -> dict:
-    """Return mean and best of several samples (kinds named in `trajectories`) for each score."""
-    figures = {}
-    for name, kinds in frames.items():
-        values = np.stack([kinds[kind] for kind in trajectories])  # (trajectories, clips)
-        best = values.min(0) if metrics.BEST[name] is min else values.max(0)
-        figures[name] = {
-            "mean": float(values.mean()),
-            f"best_of_{len(values)}": float(best.mean()),
-            "each": values.mean(1).tolist(),
-        }
-        if "reconstruction" in kinds:
-            figures[name]["reconstruction"] = float(kinds["reconstruction"].mean())
-    return figures
 
 
 def object_figures(objects: dict, trajectories: list[str]) -> dict:
