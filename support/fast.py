@@ -18,7 +18,6 @@ def to_precision(precision: str, *networks) -> None:
 
 
 def add_compile(parser):
-    """Add --compile to a command line."""
     about = "torch.compile, on a GPU with CUDA graphs: once for each spatial step and batch size"
     parser.add_argument("--compile", action="store_true", help=about)
 

@@ -29,9 +29,8 @@ def figure(rows, titles, labels, path):
         ax.set_title(title, fontsize=7, pad=3)
     for ax, label in zip(axes[:, 0], labels):
         ax.set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
-    sides = dict(left=0.75 / width, right=1 - 0.05 / width)
-    ends = dict(bottom=0.05 / height, top=1 - 0.25 / height)
-    fig.subplots_adjust(**sides, **ends, wspace=0.04, hspace=0.04)
+    left, bottom, right, top = 0.75 / width, 0.05 / height, 1 - 0.05 / width, 1 - 0.25 / height
+    fig.subplots_adjust(left, bottom, right, top, wspace=0.04, hspace=0.04)
     fig.savefig(path)
 
 
@@ -89,7 +88,8 @@ def write_mp4(video, path, fps=8, scale=4) -> bool:
     movie = tile(video, math.ceil(math.sqrt(len(video))), scale)
     with av.open(os.path.abspath(path), "w") as container:  # a:b.mp4 is not the protocol a
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16"})
-        stream.height, stream.width, stream.pix_fmt = movie.shape[1], movie.shape[2], "yuv420p"
+        stream.pix_fmt = "yuv420p"
+        _, stream.height, stream.width, _ = movie.shape
         for image in movie:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             container.mux(stream.encode(frame))

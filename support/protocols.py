@@ -28,16 +28,13 @@ from support.video import to_uint8
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is sampled and how it is scored; 0 means: as the run was configured.
-
-    Clips are spread evenly over the test split.
-    """
+    """What is sampled and how it is scored; 0 means: as the run was configured."""
 
     data: str  # the data.name it is for
     size: int = 0  # pixels
     context: int = 0  # true frames given
     frames: int = 0  # of a clip, the context included
-    clips: int = 256
+    clips: int = 256  # spread evenly over the test split
     trajectories: int = 1  # samples of each clip
     start: int | None = None  # first frame in the video; None: anywhere, by (seed, clip)
     pooled: bool = True  # all trajectories as one set, or the mean of one score each
@@ -46,16 +43,13 @@ class Protocol:
 PROTOCOLS = {
     "pushing": Protocol("pushing", trajectories=2, pooled=False),
     "own": Protocol("folder"),
-    # 1 + 15, 100 samples of each of 256 test clips as one set: Unterthiner et al. 2018; MAGVIT
-    # (Yu et al. 2023)
+    # Unterthiner et al. 2018; MAGVIT (Yu et al. 2023)
     "bair": Protocol("bair", 64, 1, 16, 256, 100, start=0),
-    # 2 + 28, mean of the scores of 100 trajectories: FAR (Gu et al. 2025)
+    # FAR (Gu et al. 2025)
     "bair28": Protocol("bair", 64, 2, 30, 256, 100, start=0, pooled=False),
-    # 5 + 11, one sample of each of 50,000 clips, one anywhere in each video: Video Diffusion
-    # (Ho et al. 2022), MAGVIT
+    # one clip anywhere in each video: Video Diffusion (Ho et al. 2022), MAGVIT
     "kinetics600": Protocol("folder", 64, 5, 16, 50_000),
-    # 4 + 12, mean of the scores of 100 trajectories: FAR, which takes 256 of every tenth video of
-    # testlist03; here evenly
+    # FAR, which takes 256 of every tenth video of testlist03; here evenly
     "ucf101": Protocol("folder", 64, 4, 16, 256, 100, start=0, pooled=False),
 }
 
@@ -72,8 +66,8 @@ def add_options(parser, many=False):
 
 def protocol_of(ckpt) -> str:
     """Return the protocol of a run's data with the run's own settings."""
-    stored = config.load(runs.run_folder(ckpt) / "config.yaml")
-    return {"pushing": "pushing", "folder": "own", "bair": "bair"}[stored.data.name]
+    name = config.load(runs.run_folder(ckpt) / "config.yaml").data.name
+    return "own" if name == "folder" else name
 
 
 class Run:
@@ -121,8 +115,7 @@ class Run:
     def describe(self) -> dict:
         """Return everything that a figure depends on and that is not a figure."""
         cfg, sampling = self.cfg, asdict(self.cfg.sample)
-        context, frames = sampling.pop("context"), sampling.pop("frames")
-        del sampling["clips"]  # of sample.py
+        context, frames, _ = (sampling.pop(key) for key in ("context", "frames", "clips"))
         if cfg.choice.latent:
             sampling |= {f"choice_{key}": getattr(cfg.choice, key) for key in runs.SAMPLING}
         return {
@@ -202,8 +195,8 @@ def collect(run: Run, kinds: dict, detectors: list, floor=False, losses=True) ->
         tables[table][a][b] = join(values)
     counted = sum(n for n, _ in parts)
     names = parts[0][1] if parts else ()
-    means = {name: sum(n * part[name] for n, part in parts) / counted for name in names}
-    return Collected(**tables, losses=means)
+    losses = {name: sum(n * part[name] for n, part in parts) / counted for name in names}
+    return Collected(**tables, losses=losses)
 
 
 def measure(run, detectors, kind, video, real, indices):

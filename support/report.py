@@ -38,10 +38,8 @@ def report(s: dict) -> None:
         if s["trajectories"] > 1:
             print(f"  {'standard deviation over samples':50s} {d['std']['frechet']:9.2f}")
     for name in [name for name in BEST if name in s]:
-        figures = {key: value for key, value in s[name].items() if key != "each"}
-        _report_frames(
-            name, ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in figures.items())
-        )
+        of = [f"{k.replace('_', ' ')} {v:.3f}" for k, v in s[name].items() if k != "each"]
+        _report_frames(name, ", ".join(of))
     for key in [key for key in OBJECTS if key in s]:
         title, form = OBJECTS[key]
         own = np.mean([value for kind, value in s[key].items() if kind.startswith("seed")])
