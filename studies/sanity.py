@@ -35,8 +35,8 @@ def corruptions(context: int) -> dict:
         return torch.stack([x[torch.randperm(T, generator=g)] for x, g in zip(real, streams)])
 
     def frozen(real, _):
-        last = real[:, context - 1 : context].expand_as(real[:, context:])
-        return torch.cat([real[:, :context], last], 1)
+        times = [min(t, context - 1) for t in range(real.shape[1])]
+        return real[:, times]
 
     kinds = {"blur, sigma 1 pixel": blur, "noise, sigma 10 of 255": noise}
     if context:

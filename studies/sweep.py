@@ -48,16 +48,11 @@ def sweep(args) -> None:
 
 def plan(scored: list[Run], args) -> list:
     """Return [(run, sample settings)], all of them checked. Raises UserError."""
-    alike = {
-        (run.name, d.path, d.size, d.stride, run.cfg.sample.context, run.cfg.sample.frames)
-        for run in scored
-        for d in [run.cfg.data]
-    }
+    keys = ("protocol", "data", "size", "stride", "context", "predicted")
+    alike = {tuple(run.describe()[key] for key in keys) for run in scored}
     if len(alike) > 1:
-        raise UserError(
-            "these runs cannot share a table; they differ in protocol, data, size, stride, "
-            f"context or frames: {sorted(alike)}"
-        )
+        keys = ", ".join(keys)
+        raise UserError(f"these runs cannot share a table; they differ in {keys}: {sorted(alike)}")
     cells = []
     axes = itertools.product(scored, args.cfg, args.orders.split(","), args.all_steps)
     for run, (w_t, w_s), order, s in axes:
@@ -112,10 +107,9 @@ def tabulate(rows) -> str:
         lines.append(line)
         for name, d in row["scores"]["detectors"].items():
             if "floor" in d:
-                floors += (
-                    f"{row['checkpoint']}: noise floor {name} {d['floor']['frechet']:.4g}, "
-                    f"tokenizer reconstruction {d['reconstruction']['frechet']:.4g}\n"
-                )
+                floor, reconstruction = (d[key]["frechet"] for key in ("floor", "reconstruction"))
+                floors += f"{row['checkpoint']}: noise floor {name} {floor:.4g}, "
+                floors += f"tokenizer reconstruction {reconstruction:.4g}\n"
     head = ["checkpoint", "steps", "w_t:w_s", "order", *(TITLES[key] for key in keys)]
     return f"{report.table(head, lines)}\n{floors}"
 
