@@ -142,7 +142,7 @@ class Run:
 
 
 @dataclass
-class Clips(Dataset):
+class SourceClips(Dataset):
     """Clips of a source, without the model: copied to the processes that load data."""
 
     source: Dataset
@@ -173,9 +173,9 @@ def collect(run: Run, kinds: dict, detectors: list, floor=False, losses=True) ->
     "real" is always there; with `floor`, so is "floor": as many clips of the training split, whose
     set scores are the noise floor. `losses`: also the held-out losses, of up to 256 clips.
     """
-    sources = {"real": Clips(run.test, run.indices, run.start)}
+    sources = {"real": SourceClips(run.test, run.indices, run.start)}
     if floor:
-        sources["floor"] = Clips(run.train, run.others, run.start)
+        sources["floor"] = SourceClips(run.train, run.others, run.start)
     loader = DataLoader(StackDataset(**sources), run.batch, num_workers=run.cfg.data.workers)
     measured, parts = defaultdict(list), []
     every = [*sources, *kinds]
