@@ -20,8 +20,8 @@ from sample import continue_clips
 from support import clips, metrics, protocols, report, runs, storage
 from support.config import UserError
 from support.machine import autocast, pick_device
-from support.metrics import check_counts, coverage, kvd
-from support.protocols import PROTOCOLS, Run, collect, frame_figures, object_figures
+from support.metrics import BEST, check_counts
+from support.protocols import PROTOCOLS, Run, collect, object_figures
 
 # --------------------------------------------------------------------------- distances between sets
 
@@ -41,6 +41,32 @@ def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
     cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
     means = (mean_a - mean_b).square().sum()
     return max(0.0, float(means + root_a.square().sum() + root_b.square().sum() - 2 * cross))
+
+
+def kvd(real: torch.Tensor, fake: torch.Tensor, subsets=100) -> dict[str, float]:
+    """Return mean and deviation over random subsets of the squared MMD of features (n, F), (m, F).
+
+    Unbiased, with the kernel (x.y / F + 1)^3 (Bińkowski et al. 2018, arXiv 1801.01401); subsets are
+    of half a set, at most 1,000 clips, drawn as torch-fidelity draws them.
+    """
+    size, draw = min(1000, len(real) // 2, len(fake) // 2), np.random.RandomState(2020)
+    values = []
+    for _ in range(subsets):
+        x, y = (s.numpy()[draw.choice(len(s), size, replace=False)] for s in (fake, real))
+        xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
+        values.append(within / (size * (size - 1)) - 2 * xy.mean())
+    return {"kvd": float(np.mean(values)), "kvd_std": float(np.std(values))}
+
+
+def coverage(a: torch.Tensor, b: torch.Tensor, neighbours=3) -> float:
+    """Return the share of a (n, F) as near to a point of b (m, F) as its third neighbour in b is.
+
+    Precision is that of fake in real, recall that of real in fake (Kynkäänniemi et al. 2019).
+    """
+    near = [torch.cdist(part, b).kthvalue(neighbours + 1).values for part in b.split(1000)]
+    inside = [(torch.cdist(part, b) <= torch.cat(near)).any(1) for part in a.split(1000)]
+    return float(torch.cat(inside).float().mean())
 
 
 HALF_LEVEL = 0.5 / 127.5  # half of one of 255 grey levels: what rounding moves a pixel in [-1, 1]
@@ -77,11 +103,12 @@ def summarise(detectors, got, trajectories: list[str], pooled: bool, slow=True) 
         each = [set_scores(f["real"], f[kind], d.standardise, slow) for kind in trajectories]
         values = {key: [scores[key] for scores in each] for key in each[0]}
         spread = min(1, len(each) - 1)  # degrees of freedom that the mean takes
-        sets[d.name] = metrics.describe(d) | {"each": each}
-        sets[d.name]["mean"] = {key: float(np.mean(v)) for key, v in values.items()}
-        sets[d.name]["std"] = {key: float(np.std(v, ddof=spread)) for key, v in values.items()}
-        for kind, features in kinds.items():
-            sets[d.name][kind] = set_scores(f["real"], features, d.standardise, slow)
+        sets[d.name] = metrics.describe(d) | {
+            "each": each,
+            "mean": {key: float(np.mean(v)) for key, v in values.items()},
+            "std": {key: float(np.std(v, ddof=spread)) for key, v in values.items()},
+            **{k: set_scores(f["real"], x, d.standardise, slow) for k, x in kinds.items()},
+        }
     return {
         "trajectories": len(trajectories),
         "set_scores_are": "all samples as one set" if pooled else "mean over samples",
@@ -90,6 +117,22 @@ def summarise(detectors, got, trajectories: list[str], pooled: bool, slow=True) 
         **frame_figures(got.frames, trajectories),
         **object_figures(got.objects, trajectories),
     }
+
+
+def frame_figures(frames: dict, trajectories: list[str]) -> dict:
+    """Return mean and best of several samples (kinds named in `trajectories`) for each score."""
+    figures = {}
+    for name, kinds in frames.items():
+        values = np.stack([kinds[kind] for kind in trajectories])  # (trajectories, clips)
+        best = values.min(0) if BEST[name] is min else values.max(0)
+        figures[name] = {
+            "mean": float(values.mean()),
+            f"best_of_{len(values)}": float(best.mean()),
+            "each": values.mean(1).tolist(),
+        }
+        if "reconstruction" in kinds:
+            figures[name]["reconstruction"] = float(kinds["reconstruction"].mean())
+    return figures
 
 
 # ------------------------------------------------------------------------------------ the two uses
@@ -140,7 +183,6 @@ def score_files(args):
     detectors = metrics.open_detectors(args.i3d, device)
     real, generated = clips.open_both(args)
     counts, shape = [real.shape[0], generated.shape[0]], real.shape[1:]
-    report.report_clips(counts, shape)
     scores = {"real": args.real, "generated": args.generated, "clips": counts, "shape": list(shape)}
     halves = torch.randperm(counts[0], generator=torch.Generator().manual_seed(0)).chunk(2)
     for d, a, b in zip(detectors, features(detectors, real), features(detectors, generated)):
@@ -155,7 +197,7 @@ def score_files(args):
             scores[name] = float(np.concatenate([part[name] for part in parts]).mean())
     if file:
         storage.write_json(scores, file)
-    report.report_files(scores, detectors)
+    report.report_files(scores)
 
 
 def main():

@@ -2,9 +2,8 @@
 
     python -m studies.sanity --ckpt runs/pushing       # writes sanity.json into the run folder
 
-Every row is made from the test clips and compared with other real clips, of the training split, so
-that the first row is the noise floor. The table depends on the data, size, number and length of
-clips, on the detector, and in the rows of samples on the model.
+Every row is made from the test clips and compared with as many of the training split, so that the
+first row is the noise floor.
 """
 
 from support import config  # before torch: it says how threads wait
@@ -13,18 +12,16 @@ import torch.nn.functional as F
 
 import fvd
 from canvas import clip_generator
+from studies.sweep import TITLES
 from support import metrics, protocols, report, runs, storage
-from support.protocols import Run, collect, known_mean, ratio
+from support.protocols import Run, collect, object_figures
 
 
 def corruptions(context: int) -> dict:
-    """Return kinds of video (see `protocols.collect`) that are wrong in a known way.
-
-    In all frames, but where the title says "after the context".
-    """
+    """Return kinds of video (see `protocols.collect`) that are wrong in a known way."""
 
     def blur(real, _):
-        weights = torch.exp(-(torch.arange(-3.0, 4.0) ** 2) / (2 * 1.0**2))
+        weights = torch.exp(-(torch.arange(-3.0, 4.0) ** 2) / 2)
         kernel = torch.outer(weights, weights)[None, None] / weights.sum() ** 2
         flat = F.pad(real.flatten(0, 2)[:, None], (3, 3, 3, 3), mode="replicate")
         return F.conv2d(flat, kernel).view_as(real)
@@ -34,13 +31,12 @@ def corruptions(context: int) -> dict:
         return real + 10 / 127.5 * torch.stack(draws)
 
     def shuffled(real, indices):
-        T = real.shape[1]
-        orders = [torch.randperm(T, generator=clip_generator(0, i)) for i in indices]
-        return torch.stack([clip[order] for clip, order in zip(real, orders)])
+        streams, T = [clip_generator(0, i) for i in indices], real.shape[1]
+        return torch.stack([x[torch.randperm(T, generator=g)] for x, g in zip(real, streams)])
 
     def frozen(real, _):
-        last = real[:, context - 1 : context].expand_as(real[:, context:])
-        return torch.cat([real[:, :context], last], 1)
+        times = [min(t, context - 1) for t in range(real.shape[1])]
+        return real[:, times]
 
     kinds = {"blur, sigma 1 pixel": blur, "noise, sigma 10 of 255": noise}
     if context:
@@ -57,15 +53,8 @@ def scores(kind: str, got, detectors) -> dict:
             title = "FVD" if (d.name, key) == ("i3d", "frechet") else f"{d.name} {key}"
             row |= {title: value} if key != "kvd_std" else {}
     row |= {name.upper(): float(of[kind].mean()) for name, of in got.frames.items() if kind in of}
-    if got.objects:
-        own, real = got.objects[kind], got.objects["real"]
-        row |= {
-            "right frames": float(own["right"].mean()),
-            "and right shapes": float(own["shaped"].mean()),
-            "speed ratio": ratio(known_mean(own["speed"]), known_mean(real["speed"])),
-            "gripper lost": float(own["lost"].mean()),
-        }
-    return row
+    figures = object_figures(got.objects, [kind])
+    return row | {TITLES[key]: figures[key][kind] for key in TITLES if key in figures}
 
 
 def main():
@@ -87,17 +76,15 @@ def main():
     table = {kind: scores(kind, got, detectors) for kind in ("real", *made)}
     about = {d.name: {"is": d.label, "sha256": d.sha256} for d in detectors}
     storage.write_json(run.describe() | {"detectors": about, "table": table}, file)
-    print(
-        f"{len(run.indices)} test clips, changed as the row says, against as many of the training "
-        "split; PSNR, SSIM: against the clip itself"
-    )
-    titles, columns = {"real": "real clips (noise floor)"}, list(table["samples"])
+    columns, titles = list(table["samples"]), ["real clips (noise floor)", *made]
     rows = [
-        [titles.get(kind, kind)] + [f"{row[key]:.4g}" if key in row else "" for key in columns]
-        for kind, row in table.items()
+        [title, *(f"{row[key]:.4g}" if key in row else "" for key in columns)]
+        for title, row in zip(titles, table.values())
     ]
     print(report.table(["", *columns], rows), end="")
-    print(f"offline: the {metrics.Offline.label}; written to {file}")
+    clips = f"{len(run.indices)} test clips, changed as the row says"
+    print(f"{clips}, against as many of the training split; PSNR, SSIM: against the clip itself")
+    print(f"the {metrics.Offline.label}; written to {file}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
     python -m studies.sweep --ckpt runs/a runs/b --steps 1,2,4 --cfg 1:1,1.5:1 --seeds 0,1,2
 
 Writes sweep.json, sweep.md and sweep.png to --out: mean and standard deviation over the sampling
-seeds of one training. All rows share protocol, data and clips; a set score depends on their number.
+seeds of one training.
 """
 
 import itertools
-from dataclasses import asdict, replace
+from collections import defaultdict
 from pathlib import Path
 
 from support import config  # before torch: it says how threads wait
@@ -23,52 +23,43 @@ def sweep(args) -> None:
     """Score every run with every setting and seed; write what is known after each cell."""
     scored = [Run(args, ckpt, args.protocol or protocols.protocol_of(ckpt)) for ckpt in args.ckpt]
     files = [storage.make_file(Path(args.out, f"sweep.{kind}")) for kind in ("json", "md", "png")]
-    cells = plan(scored, args)
-    detectors, rows, met = metrics.open_detectors(args.i3d, scored[0].device), [], set()
+    cells, rows = plan(scored, args), []
+    detectors = metrics.open_detectors(args.i3d, scored[0].device)
     described = {
         "seeds": args.seeds,
         "detectors": {d.name: d.label for d in detectors},
         "runs": {str(run.ckpt): run.describe() for run in scored},
     }
     for number, (run, opts) in enumerate(cells, start=1):
-        s, cfg, order = opts.steps, [opts.cfg_temporal, opts.cfg_canvas], opts.order
-        cell = f"{run.ckpt} steps={s} cfg={cfg[0]:g}:{cfg[1]:g} order={order}"
-        log(f"{number} of {len(cells)}: {cell}")
+        row = {"checkpoint": str(run.ckpt), "steps": opts.steps}
+        row |= {"cfg": [opts.cfg_temporal, opts.cfg_canvas], "order": opts.order}
+        log(f"{number} of {len(cells)}: {row}")
         kinds = {f"seed {seed}": fvd.samples(run, seed, opts) for seed in args.seeds}
-        first = run not in met  # floor and reconstruction, once for each run
-        made = kinds | ({"reconstruction": run.reconstruction} if first else {})
-        met.add(run)
-        got = collect(run, made, detectors, floor=first)
+        first = row["checkpoint"] not in [other["checkpoint"] for other in rows]
+        once = {"reconstruction": run.reconstruction} if first else {}
+        got = collect(run, kinds | once, detectors, floor=first)
         scores = fvd.summarise(detectors, got, list(kinds), pooled=False, slow=False)
-        row = {"checkpoint": str(run.ckpt), "steps": s, "cfg": cfg, "order": order}
         rows.append(row | {"scores": scores})
         storage.write_json(described | {"rows": rows}, files[0])
-    table = tabulate(rows)
-    config.write_text(files[1], table)
+    config.write_text(files[1], tabulate(rows))
     draw(rows, files[2])
-    print(table + f"written to {args.out}/sweep.json, sweep.md, sweep.png")
+    print(tabulate(rows) + f"written to {args.out}/sweep.json, sweep.md, sweep.png")
 
 
 def plan(scored: list[Run], args) -> list:
     """Return [(run, sample settings)], all of them checked. Raises UserError."""
-    alike = {
-        (run.name, d.path, d.size, d.stride, run.cfg.sample.context, run.cfg.sample.frames)
-        for run in scored
-        for d in [run.cfg.data]
-    }
+    keys = ("protocol", "data", "size", "stride", "context", "predicted")
+    alike = {tuple(run.describe()[key] for key in keys) for run in scored}
     if len(alike) > 1:
-        raise UserError(
-            "these runs cannot share a table; they differ in protocol, data, size, stride, "
-            f"context or frames: {sorted(alike)}"
-        )
+        keys = ", ".join(keys)
+        raise UserError(f"these runs cannot share a table; they differ in {keys}: {sorted(alike)}")
     cells = []
     axes = itertools.product(scored, args.cfg, args.orders.split(","), args.all_steps)
     for run, (w_t, w_s), order, s in axes:
-        if order == "motion" and not run.cfg.model.canvas:
-            continue  # no canvas to tell what will move
-        changes = {"steps": s, "cfg_temporal": w_t, "cfg_canvas": w_s, "order": order}
-        cfg = replace(run.cfg, sample=replace(run.cfg.sample, **changes))
-        cells.append((run, config.from_dict(asdict(cfg), where="sweep").sample))
+        tree = config.to_dict(run.cfg)
+        tree["sample"] |= {"steps": s, "cfg_temporal": w_t, "cfg_canvas": w_s, "order": order}
+        if order != "motion" or run.cfg.model.canvas:  # which tells what will move
+            cells.append((run, config.from_dict(tree, where="sweep").sample))
     if not cells:
         raise UserError("nothing to do: order=motion needs a canvas, and these runs have none")
     return cells
@@ -93,14 +84,16 @@ def columns(rows) -> list[str]:
     return [key for key in TITLES if key in first or key in first["detectors"]]
 
 
-def per_seed(row, key) -> np.ndarray:
-    """Return a score of each seed."""
+def over_seeds(row, key) -> tuple[float, float]:
+    """Return a score's mean and standard deviation over the seeds, the latter NaN for one seed."""
     scores = row["scores"]
     if key in scores["detectors"]:
-        return np.array([each["frechet"] for each in scores["detectors"][key]["each"]])
-    if key in metrics.BEST:
-        return np.array(scores[key]["each"])
-    return np.array([v for kind, v in scores[key].items() if kind.startswith("seed")])
+        values = [each["frechet"] for each in scores["detectors"][key]["each"]]
+    elif key in metrics.BEST:
+        values = scores[key]["each"]
+    else:
+        values = [value for kind, value in scores[key].items() if kind.startswith("seed")]
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else np.nan
 
 
 def tabulate(rows) -> str:
@@ -109,49 +102,42 @@ def tabulate(rows) -> str:
     for row in rows:
         w_t, w_s = row["cfg"]
         line = [row["checkpoint"], str(row["steps"]), f"{w_t:g}:{w_s:g}", row["order"]]
-        for v in (per_seed(row, key) for key in keys):
-            line.append(f"{v.mean():.4g}" + (f" ± {v.std(ddof=1):.2g}" if len(v) > 1 else ""))
+        for mean, std in (over_seeds(row, key) for key in keys):
+            line.append(f"{mean:.4g}" + ("" if np.isnan(std) else f" ± {std:.2g}"))
         lines.append(line)
         for name, d in row["scores"]["detectors"].items():
             if "floor" in d:
-                floors += (
-                    f"{row['checkpoint']}: noise floor {name} {d['floor']['frechet']:.4g}, "
-                    f"tokenizer reconstruction {d['reconstruction']['frechet']:.4g}\n"
-                )
+                floor, reconstruction = (d[key]["frechet"] for key in ("floor", "reconstruction"))
+                floors += f"{row['checkpoint']}: noise floor {name} {floor:.4g}, "
+                floors += f"tokenizer reconstruction {reconstruction:.4g}\n"
     head = ["checkpoint", "steps", "w_t:w_s", "order", *(TITLES[key] for key in keys)]
     return f"{report.table(head, lines)}\n{floors}"
 
 
 def draw(rows, path) -> None:
-    """Draw a panel a score against the spatial steps, a line a run, guidance and order.
-
-    Error bars are standard deviations over the seeds, the dotted line is the noise floor.
-    """
+    """Draw scores against the spatial steps, with deviations over the seeds and the noise floor."""
     from matplotlib.figure import Figure
 
-    keys, lines = columns(rows), {}
+    keys, lines = columns(rows), defaultdict(list)
     for row in rows:
-        lines.setdefault((row["checkpoint"], *row["cfg"], row["order"]), []).append(row)
+        lines[row["checkpoint"], *row["cfg"], row["order"]].append(row)
     steps = sorted({row["steps"] for row in rows})
     fig = Figure(figsize=(4.2 * len(keys), 3.8), layout="constrained")
     for ax, key in zip(np.atleast_1d(fig.subplots(1, len(keys))), keys):
         for (ckpt, w_t, w_s, order), mine in lines.items():
-            values = [per_seed(row, key) for row in mine]
-            bars = [v.std(ddof=1) if len(v) > 1 else 0 for v in values]
-            label = f"{Path(ckpt).name} {w_t:g}:{w_s:g} {order}"
+            means, bars = zip(*(over_seeds(row, key) for row in mine))
             style = {"marker": "o", "markersize": 3, "linewidth": 1, "capsize": 2}
-            x, y = [row["steps"] for row in mine], [v.mean() for v in values]
-            ax.errorbar(x, y, bars, label=label, **style)
+            style["label"] = f"{Path(ckpt).name} {w_t:g}:{w_s:g} {order}"
+            ax.errorbar([row["steps"] for row in mine], means, bars, **style)
         if key in rows[0]["scores"]["detectors"]:
             floor = rows[0]["scores"]["detectors"][key]["floor"]["frechet"]
             ax.axhline(floor, color="grey", linestyle=":", linewidth=1)
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter("{x:.3g}")
             ax.yaxis.set_minor_formatter("{x:.3g}")
-        ax.set_xscale("log")
+        ax.set(xscale="log", xlabel="spatial steps S")
         ax.set_xticks([], minor=True)
         ax.set_xticks(steps, map(str, steps))
-        ax.set_xlabel("spatial steps S")
         ax.set_title(TITLES[key], fontsize=9)
         ax.grid(alpha=0.3)
     ax.legend(fontsize=6)

@@ -11,13 +11,13 @@ def to_precision(precision: str, *networks) -> None:
 
     The results are the same, under autocast only.
     """
-    for part in (part for network in networks for part in network.modules() if precision == "bf16"):
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            part.bfloat16()
+    for network in networks if precision == "bf16" else ():
+        for part in network.modules():
+            if isinstance(part, (nn.Linear, nn.Conv2d)):
+                part.bfloat16()
 
 
 def add_compile(parser):
-    """Add --compile to a command line."""
     about = "torch.compile, on a GPU with CUDA graphs: once for each spatial step and batch size"
     parser.add_argument("--compile", action="store_true", help=about)
 

@@ -1,11 +1,7 @@
 """Detectors, which turn clips into features for scores of sets, and scores of frames with a truth.
 
-    features = detect_features(Offline(), clips)  # uint8 (clips, T, H, W, 3) -> (clips, 91)
-    frame_scores(truth, clips)                    # {"psnr": (clips,), "ssim": (clips,), ...}
-
-Two detectors: I3D, from the usual TorchScript file, whose Fréchet distance (fvd.py) is the FVD, and
-Offline, of fixed random weights, which needs no download and whose figures are never to be called
-FVD. Scores are of uint8 arrays; those of files depend on the codec as well.
+features = detect_features(Offline(), clips)  # uint8 (clips, T, H, W, 3) -> (clips, 91)
+frame_scores(truth, clips)                    # {"psnr": (clips,), "ssim": (clips,), ...}
 """
 
 import functools
@@ -27,11 +23,10 @@ from support.config import UserError, warn
 class Offline(nn.Module):
     """Three 3D convolutions with fixed random weights. uint8 (B, T, H, W, 3) -> features (B, 91).
 
-    The kernels of half of each layer's channels add up to zero over time, so that these react to
-    changes only. The features are the standard deviations over space and time of every channel at
-    each of the three scales, the means of the last, and the mean colour. Ours: it flags blur,
-    noise, freezing and disorder where no pretrained detector can be had (studies/sanity.py), and
-    compares models scored with the same number of clips, frames and pixels; nothing else.
+    Ours, for where no pretrained detector can be had; its figures are never to be called FVD. The
+    features are the mean colour, the standard deviations over space and time of every channel at
+    each of three scales, and the means of the last. Half of each layer's kernels add up to zero
+    over time, so that they react to changes only.
     """
 
     name, label, path = "offline", "offline detector, random weights: NOT FVD", ""
@@ -42,8 +37,7 @@ class Offline(nn.Module):
         draw = np.random.RandomState(0)  # the one NumPy stream that is frozen for good
         self.convs = nn.ModuleList()
         for inputs, outputs in ((3, 8), (8, 16), (16, 32)):
-            options = {"stride": (1, 2, 2), "padding": 1, "padding_mode": "replicate"}
-            conv = nn.Conv3d(inputs, outputs, 3, bias=False, **options)
+            conv = nn.Conv3d(inputs, outputs, 3, (1, 2, 2), 1, bias=False, padding_mode="replicate")
             weight = draw.standard_normal(conv.weight.shape) * (2 / (27 * inputs)) ** 0.5
             weight[: outputs // 2] -= weight[: outputs // 2].mean(2, keepdims=True)
             conv.weight.data = torch.from_numpy(weight.astype(np.float32))
@@ -53,7 +47,7 @@ class Offline(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, video):
-        x = _channels_first(video) / 127.5 - 1  # (B, 3, T, H, W)
+        x = video.movedim(-1, 1).float() / 127.5 - 1  # (B, 3, T, H, W)
         features = [x.mean((2, 3, 4))]
         for conv in self.convs:
             x = F.relu(conv(x))
@@ -64,9 +58,8 @@ class Offline(nn.Module):
 class I3D(nn.Module):
     """The I3D network of Carreira and Zisserman. uint8 (B, T, H, W, 3) -> logits (B, 400).
 
-    path: the usual `i3d_torchscript.pt`, which is called as model(video (B, 3, T, H, W) in 0..255,
-    rescale=True, resize=True, return_features=True); clips need about 10 frames. Raises UserError
-    for a file that is missing, no TorchScript, or does not answer that call.
+    path: the usual `i3d_torchscript.pt`; with it the Fréchet distance is the FVD. Raises UserError
+    for a file that is missing, no TorchScript, or does not answer I3D's call.
     """
 
     name, label, standardise = "i3d", "FVD", False
@@ -78,34 +71,25 @@ class I3D(nn.Module):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch calls TorchScript deprecated, at length
                 self.net = torch.jit.load(path, map_location="cpu").eval()
-        except OSError as error:
-            raise UserError(f"cannot read the detector {path}: {error.strerror}") from None
-        except (RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             cause = str(error).splitlines()[0]
-            raise UserError(f"{path} is not a TorchScript file: {cause}") from None
+            raise UserError(f"cannot read {path} as a TorchScript file: {cause}") from None
         self.path = path
 
     def forward(self, video):
-        x = _channels_first(video)
-        count, shape = len(x), tuple(x.shape[1:])
+        x, expected = video.movedim(-1, 1).float(), (len(video), 400)
         try:
             features = self.net(x, rescale=True, resize=True, return_features=True)
+            got = tuple(getattr(features, "shape", ()))
+            if got != expected:
+                raise ValueError(f"it returns {got} where {expected} is expected")
         except torch.OutOfMemoryError:
+            raise  # `config.user_message` says what helps
+        except (RuntimeError, ValueError, torch.jit.Error) as error:
             raise UserError(
-                f"not enough memory for I3D on {count} clips of shape {shape}; "
-                "a smaller --batch helps"
+                f"{self.path} does not work as I3D on clips of shape {tuple(x.shape[1:])} (it "
+                f"needs about 10 frames): {str(error).strip().splitlines()[-1]}"
             ) from None
-        except (RuntimeError, torch.jit.Error) as error:
-            raise UserError(
-                f"{self.path} does not work as I3D on clips of shape {shape} (it needs about 10 "
-                f"frames): {str(error).strip().splitlines()[-1]}"
-            ) from None
-        if not torch.is_tensor(features) or features.shape != (count, 400):
-            got = tuple(features.shape) if torch.is_tensor(features) else type(features).__name__
-            raise UserError(
-                f"{self.path} is not the I3D detector: it returns {got} where ({count}, 400) "
-                "is expected"
-            )
         return features.float()
 
 
@@ -125,10 +109,9 @@ def detect_features(detector, video, batch=64) -> torch.Tensor:
 
     `batch` clips are on the detector's device at a time.
     """
-    tensors = [*detector.parameters(), *detector.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = (*detector.parameters(), *detector.buffers(), torch.zeros(0))[0].device
     with torch.no_grad():
-        parts = [torch.as_tensor(video[i : i + batch]) for i in range(0, len(video), batch)]
+        parts = torch.as_tensor(video).split(batch)
         return torch.cat([detector(part.to(device)).cpu().double() for part in parts])
 
 
@@ -140,44 +123,11 @@ def add_options(parser):
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
 
 
-def _channels_first(video):
-    return torch.as_tensor(video).movedim(-1, 1).float()
-
-
-# ------------------------------------------------------ scores of sets, beside the Fréchet distance
-
-
 def check_counts(*counts: int) -> None:
     """Raise UserError where a set has too few clips for a covariance."""
     if min(counts) < 2:
         given = " and ".join(map(str, counts))
         raise UserError(f"a Fréchet distance needs at least two clips in each set, not {given}")
-
-
-def kvd(real: torch.Tensor, fake: torch.Tensor, subsets=100) -> dict[str, float]:
-    """Return mean and deviation over random subsets of the squared MMD of features (n, F), (m, F).
-
-    Unbiased, with the kernel (x.y / F + 1)^3 (Bińkowski et al. 2018, arXiv 1801.01401); subsets are
-    of half a set, at most 1,000 clips, drawn as torch-fidelity draws them.
-    """
-    size, draw = min(1000, len(real) // 2, len(fake) // 2), np.random.RandomState(2020)
-    values = []
-    for _ in range(subsets):
-        x, y = (s.numpy()[draw.choice(len(s), size, replace=False)] for s in (fake, real))
-        xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-        within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
-        values.append(within / (size * (size - 1)) - 2 * xy.mean())
-    return {"kvd": float(np.mean(values)), "kvd_std": float(np.std(values))}
-
-
-def coverage(a: torch.Tensor, b: torch.Tensor, neighbours=3) -> float:
-    """Return the share of a (n, F) as near to a point of b (m, F) as its third neighbour in b is.
-
-    Precision is that of fake in real, recall that of real in fake (Kynkäänniemi et al. 2019).
-    """
-    near = [torch.cdist(part, b).kthvalue(neighbours + 1).values for part in b.split(1000)]
-    inside = [(torch.cdist(part, b) <= torch.cat(near)).any(1) for part in a.split(1000)]
-    return float(torch.cat(inside).float().mean())
 
 
 # ------------------------------------------------------------------- scores of frames with a truth
@@ -205,10 +155,7 @@ BEST = {"psnr": max, "ssim": max, "lpips": min}  # chooses the best of several s
 
 
 def psnr(a, b) -> torch.Tensor:
-    """Return the peak signal-to-noise ratio in dB of uint8 images (..., H, W, 3): (...,).
-
-    Higher is better; 100 for equal images.
-    """
+    """Return the peak signal-to-noise ratio in dB, at most 100, of uint8 (..., H, W, 3): (...,)."""
     a, b = (torch.as_tensor(x).cpu().double() for x in (a, b))
     error = (a - b).square().mean((-3, -2, -1))
     return 10 * torch.log10(255**2 / error.clamp(min=255**2 * 1e-10))
@@ -218,8 +165,7 @@ def ssim(a, b) -> torch.Tensor:
     """Return the structural similarity of uint8 images (n, H, W, 3): (n,), at most 1.
 
     Wang et al. 2004: a Gaussian window of 11 pixels and sigma 1.5, without padding; per channel,
-    then the mean. scikit-image gives the same with gaussian_weights=True, sigma=1.5,
-    use_sample_covariance=False, channel_axis=-1. Raises UserError below 11x11 pixels.
+    then the mean. Raises UserError below 11x11 pixels.
     """
     a, b = (torch.as_tensor(x).cpu().double().movedim(-1, -3) for x in (a, b))  # (n, 3, H, W)
     height, width = a.shape[-2:]
@@ -265,7 +211,7 @@ def lpips(device="cpu"):
 
     @torch.no_grad()
     def score(a, b):
-        return net(*(torch.as_tensor(x).to(device).movedim(-1, -3) for x in (a, b))).cpu()
+        return net(*(x.to(device).movedim(-1, -3) for x in (a, b))).cpu()
 
     return score
 
@@ -282,9 +228,8 @@ def torch_fidelity():
             import torch_fidelity as package
         return package
     except Exception as error:
-        cause = f"{type(error).__name__}: {error}"[:200]
         warn(
-            f"no LPIPS, as torch-fidelity cannot be imported ({cause}); it needs a torchvision that"
-            f" was built for torch {torch.__version__}, from where that came:"
-            " pip install torch-fidelity torchvision"
+            f"no LPIPS, as torch-fidelity cannot be imported ({type(error).__name__}: "
+            f"{str(error)[:200]}); it needs a torchvision that was built for torch "
+            f"{torch.__version__}, from where that came: pip install torch-fidelity torchvision"
         )

@@ -2,10 +2,12 @@
 
 import math
 import os
+import re
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 
 from support import storage
 from support.config import warn
@@ -16,23 +18,19 @@ def figure(rows, titles, labels, path):
     """Write a PNG: rows of images uint8 (H, W, 3), a title a column, a label before each row."""
     from matplotlib.figure import Figure
 
-    columns = max(len(row) for row in rows)
-    width, height = columns + 0.8, len(rows) + 0.3  # an inch an image
+    width, height = len(rows[0]) + 0.8, len(rows) + 0.3  # an inch an image
     fig = Figure(figsize=(width, height), dpi=110)
-    axes = fig.subplots(len(rows), columns, squeeze=False)
-    for r, row in enumerate(rows):
-        for k, ax in enumerate(axes[r]):
-            ax.set_xticks([])
-            ax.set_yticks([])
-            ax.spines[:].set_visible(False)
-            if k < len(row):
-                ax.imshow(row[k], interpolation="nearest")
-            if r == 0 and k < len(titles):
-                ax.set_title(titles[k], fontsize=7, pad=3)
-        axes[r][0].set_ylabel(labels[r], fontsize=7, rotation=0, ha="right", va="center")
-    sides = dict(left=0.75 / width, right=1 - 0.05 / width)
-    ends = dict(bottom=0.05 / height, top=1 - 0.25 / height)
-    fig.subplots_adjust(**sides, **ends, wspace=0.04, hspace=0.04)
+    axes = fig.subplots(len(rows), len(rows[0]), squeeze=False)
+    for ax, image in zip(axes.flat, [image for row in rows for image in row]):
+        ax.imshow(image, interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title, fontsize=7, pad=3)
+    for ax, label in zip(axes[:, 0], labels):
+        ax.set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
+    left, bottom, right, top = 0.75 / width, 0.05 / height, 1 - 0.05 / width, 1 - 0.25 / height
+    fig.subplots_adjust(left, bottom, right, top, wspace=0.04, hspace=0.04)
     fig.savefig(path)
 
 
@@ -43,15 +41,11 @@ def draw_grid(samples, truth, context, path, clips=6, most=16):
     """
     length = samples.shape[1]
     times = np.unique(np.linspace(0, length - 1, min(most, length)).round().astype(int))
-    rows, labels = [], []
-    for i in range(min(clips, len(samples))):
-        if truth is not None:
-            rows.append(list(truth[i, times]))
-            labels.append(f"clip {i} truth")
-        rows.append(list(samples[i, times]))
-        labels.append("sample" if truth is not None else f"clip {i}")
+    videos = {"sample": samples} if truth is None else {"truth": truth, "sample": samples}
+    shown = [(i, name) for i in range(min(clips, len(samples))) for name in videos]
     titles = [f"context {t + 1}" if t < context else str(t + 1) for t in times]
-    figure(rows, titles, labels, path)
+    labels = [f"clip {i} {name}" for i, name in shown]
+    figure([videos[name][i, times] for i, name in shown], titles, labels, path)
 
 
 def draw_steps(frame, tokenizer, samples, truth, context, path, clips=4):
@@ -59,27 +53,23 @@ def draw_steps(frame, tokenizer, samples, truth, context, path, clips=4):
 
     Its context, the canvas decoded, the frame after each spatial step, the result, the truth.
     """
-
-    def decode(latent):
-        return to_uint8(tokenizer.decode(latent[:clips, None])[:, 0])
-
-    columns = [(f"context {t + 1}", samples[:clips, t]) for t in range(context)]
-    if frame.f_hat is not None:
-        columns.append(("canvas", decode(frame.f_hat)))
-    columns += [(f"step {s}", decode(latent)) for s, latent in enumerate(frame.steps, 1)]
-    columns.append(("result", samples[:clips, context]))
+    latents = {"canvas": frame.f_hat} if frame.f_hat is not None else {}
+    latents |= {f"step {s}": latent for s, latent in enumerate(frame.steps, 1)}
+    columns = {f"context {t + 1}": samples[:clips, t] for t in range(context)}
+    for title, latent in latents.items():
+        columns[title] = to_uint8(tokenizer.decode(latent[:clips, None])[:, 0])
+    columns["result"] = samples[:clips, context]
     if truth is not None:
-        columns.append(("truth", truth[:clips, context]))
-    rows = [list(row) for row in zip(*[images for _, images in columns])]
-    figure(rows, [name for name, _ in columns], [f"clip {i}" for i in range(len(rows))], path)
+        columns["truth"] = truth[:clips, context]
+    rows = list(zip(*columns.values()))
+    figure(rows, list(columns), [f"clip {i}" for i in range(len(rows))], path)
 
 
 def tile(video, columns: int, scale: int):
     """uint8 (clips, T, H, W, 3) -> (T, rows * H * scale, columns * W * scale, 3), side by side."""
     blank = np.zeros_like(video[:1]).repeat(-len(video) % columns, 0)
     tiles = np.concatenate([video, blank])
-    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    movie = np.concatenate([np.concatenate(list(row), axis=2) for row in rows], axis=1)
+    movie = rearrange(tiles, "(r k) t h w c -> t (r h) (k w) c", k=columns)
     return movie.repeat(scale, 1).repeat(scale, 2)
 
 
@@ -96,15 +86,14 @@ def write_mp4(video, path, fps=8, scale=4) -> bool:
         warn(f"{path} is not written: that needs PyAV with libx264 (pip install av)")
         return False
     movie = tile(video, math.ceil(math.sqrt(len(video))), scale)
-    aside = os.path.abspath(f"{path}.tmp")  # not the name of a protocol
-    with av.open(aside, "w", format="mp4") as container:
+    with av.open(os.path.abspath(path), "w") as container:  # a:b.mp4 is not the protocol a
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16"})
-        stream.height, stream.width, stream.pix_fmt = movie.shape[1], movie.shape[2], "yuv420p"
+        stream.pix_fmt = "yuv420p"
+        _, stream.height, stream.width, _ = movie.shape
         for image in movie:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    os.replace(aside, path)
     return True
 
 
@@ -115,24 +104,22 @@ def write_gif(samples, truth, context, path, clips=8, fps=4, pixels=96):
     """
     from PIL import Image
 
-    samples = samples[:clips]
-    scale = max(1, pixels // samples.shape[3])
-    rows = [samples] if truth is None else [truth[:clips, : samples.shape[1]], samples]
-    movie = np.concatenate([tile(row, len(row), scale) for row in rows], axis=1)
+    videos = [samples] if truth is None else [truth[:, : samples.shape[1]], samples]
+    both = np.concatenate([video[:clips] for video in videos])
+    movie = tile(both, len(both) // len(videos), max(1, pixels // samples.shape[3]))
     bar = np.full_like(movie[:, :6], 150)
     bar[context:] = (60, 180, 75)
-    images = [Image.fromarray(image) for image in np.concatenate([bar, movie], axis=1)]
-    images = [image.quantize(128, dither=Image.Dither.NONE) for image in images]
+    images = [
+        Image.fromarray(image).quantize(128, dither=Image.Dither.NONE)
+        for image in np.concatenate([bar, movie], axis=1)
+    ]
     durations = [1000 // fps] * (len(images) - 1) + [1000]
-    aside = f"{path}.tmp"
-    options = dict(format="GIF", save_all=True, append_images=images[1:])
-    images[0].save(aside, **options, duration=durations, loop=0)
-    os.replace(aside, path)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
 
 
-PANELS = {
-    "tokenizer-training": [("psnr", "held_out_psnr"), ("kl",), ("lr",)],
-    "model": [("diffusion", "canvas", "copy"), ("diffusion@",), ("grad_norm",)],
+PANELS = {  # stage: keys of metrics.jsonl in its three panels
+    "tokenizer-training": ("psnr|held_out_psnr", "kl", "lr"),
+    "model": ("diffusion|canvas|copy", "diffusion@.*", "grad_norm"),
 }
 
 
@@ -147,9 +134,7 @@ def draw_curves(folder) -> None:
         own = [line for line in lines if line["stage"] == stage]
         keys = dict.fromkeys(key for line in own for key in line)
         for ax, names in zip(row, PANELS[stage]):
-            for key in keys:
-                if not any(key == n or (n[-1] == "@" and key.startswith(n)) for n in names):
-                    continue
+            for key in [key for key in keys if re.fullmatch(names, key)]:
                 points = [(line["step"], line[key]) for line in own if key in line]
                 marker = "." if len(points) < 30 else None
                 ax.plot(*zip(*points), label=key, linewidth=1, marker=marker)

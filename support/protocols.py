@@ -3,18 +3,17 @@
     run = Run(args, "runs/bair", "bair")                    # args: the options of fvd.py
     got = collect(run, {"seed 0": samples(run, 0)}, detectors)   # a batch in memory at a time
 
-FVDs in the literature differ in horizon, start frame, pooling, codec and detector, and are not
-comparable as printed; `Run.describe` says all that a figure depends on.
+FVDs in the literature differ in all of that and are not comparable as printed.
 """
 
 import math
+from argparse import Namespace
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, StackDataset
 from tqdm import tqdm
 
 from canvas import validate
@@ -29,16 +28,13 @@ from support.video import to_uint8
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is sampled and how it is scored; 0 means: as the run was configured.
-
-    Clips are spread evenly over the test split.
-    """
+    """What is sampled and how it is scored; 0 means: as the run was configured."""
 
     data: str  # the data.name it is for
     size: int = 0  # pixels
     context: int = 0  # true frames given
     frames: int = 0  # of a clip, the context included
-    clips: int = 256
+    clips: int = 256  # spread evenly over the test split
     trajectories: int = 1  # samples of each clip
     start: int | None = None  # first frame in the video; None: anywhere, by (seed, clip)
     pooled: bool = True  # all trajectories as one set, or the mean of one score each
@@ -47,16 +43,13 @@ class Protocol:
 PROTOCOLS = {
     "pushing": Protocol("pushing", trajectories=2, pooled=False),
     "own": Protocol("folder"),
-    # 1 + 15, 100 samples of each of 256 test clips as one set: Unterthiner et al. 2018; MAGVIT
-    # (Yu et al. 2023)
+    # Unterthiner et al. 2018; MAGVIT (Yu et al. 2023)
     "bair": Protocol("bair", 64, 1, 16, 256, 100, start=0),
-    # 2 + 28, mean of the scores of 100 trajectories: FAR (Gu et al. 2025)
+    # FAR (Gu et al. 2025)
     "bair28": Protocol("bair", 64, 2, 30, 256, 100, start=0, pooled=False),
-    # 5 + 11, one sample of each of 50,000 clips, one anywhere in each video: Video Diffusion
-    # (Ho et al. 2022), MAGVIT
+    # one clip anywhere in each video: Video Diffusion (Ho et al. 2022), MAGVIT
     "kinetics600": Protocol("folder", 64, 5, 16, 50_000),
-    # 4 + 12, mean of the scores of 100 trajectories: FAR, which takes 256 of every tenth video of
-    # testlist03; here evenly
+    # FAR, which takes 256 of every tenth video of testlist03; here evenly
     "ucf101": Protocol("folder", 64, 4, 16, 256, 100, start=0, pooled=False),
 }
 
@@ -73,11 +66,8 @@ def add_options(parser, many=False):
 
 def protocol_of(ckpt) -> str:
     """Return the protocol of a run's data with the run's own settings."""
-    stored = config.load(runs.run_folder(ckpt) / "config.yaml")
-    return {"pushing": "pushing", "folder": "own", "bair": "bair"}[stored.data.name]
-
-
-TEST_SEED = 0  # the test clips of runs with different seeds are the same
+    name = config.load(runs.run_folder(ckpt) / "config.yaml").data.name
+    return "own" if name == "folder" else name
 
 
 class Run:
@@ -88,18 +78,17 @@ class Run:
 
     def __init__(self, args, ckpt, name):
         self.ckpt, self.name, self.batch = ckpt, name, args.batch
-        self.device, p = pick_device(args.device), PROTOCOLS[name]
+        self.device, p, given = pick_device(args.device), PROTOCOLS[name], dict(vars(args))
         for key in ("batch", "trajectories"):  # `load_run` looks at the others
-            if getattr(args, key, None) is not None and getattr(args, key) < 1:
-                raise UserError(f"--{key}={getattr(args, key)} must be at least 1")
+            if given.get(key) is not None and given[key] < 1:
+                raise UserError(f"--{key}={given[key]} must be at least 1")
         for key in ("context", "frames"):
-            given, fixed = getattr(args, key, None), getattr(p, key)
-            if fixed and given not in (None, fixed):
-                raise UserError(f"--{key}={given}: protocol {name} fixes {key}={fixed}")
-        cfg, self.model, self.tokenizer = runs.load_run(ckpt, self.device, args)
-        self.seed = runs.sampling_seed(cfg, args)
-        context, frames = p.context or cfg.sample.context, p.frames or cfg.sample.frames
-        self.cfg = replace(cfg, sample=replace(cfg.sample, context=context, frames=frames))
+            fixed = getattr(p, key) or given.get(key)
+            if given.get(key) not in (None, fixed):
+                raise UserError(f"--{key}={given[key]}: protocol {name} fixes {key}={fixed}")
+            given[key] = fixed
+        cfg, self.model, self.tokenizer = runs.load_run(ckpt, self.device, Namespace(**given))
+        self.cfg, self.seed = cfg, runs.sampling_seed(cfg, args)
         for key, needed in (("name", p.data), ("size", p.size)):
             trained = getattr(cfg.data, key)
             if needed and trained != needed:
@@ -107,27 +96,26 @@ class Run:
                     f"--protocol {name} needs a model trained on data.{key}={needed}; "
                     f"{ckpt} was trained on data.{key}={trained}"
                 )
-        if getattr(args, "compile", False):
+        if given.get("compile"):
             fast.compile_parts(self.model)
         self.start, index = p.start, runs.run_folder(ckpt) / "index.json"
         self.test, self.train = (
-            data.open_source(cfg.data, TEST_SEED, split, frames, index)
+            data.open_source(cfg.data, 0, split, cfg.sample.frames, index)
             for split in ("test", "train")
-        )
+        )  # seed 0: the test clips are the same whatever the run's seed is
         self.indices = data.evenly_spaced(self.test, min(args.clips or p.clips, len(self.test)))
         metrics.check_counts(len(self.indices))
         self.others = data.evenly_spaced(self.train, len(self.indices))
 
     def reconstruction(self, real, _):
-        """Return the clips through the tokenizer and back: a kind of video (see `collect`)."""
+        """Return the clips through the tokenizer: a kind of video (see `collect`)."""
         with torch.no_grad(), autocast(self.device, self.cfg.train.precision):
             return self.tokenizer.decode(self.tokenizer.encode(real.to(self.device)))
 
     def describe(self) -> dict:
         """Return everything that a figure depends on and that is not a figure."""
         cfg, sampling = self.cfg, asdict(self.cfg.sample)
-        context, frames = sampling.pop("context"), sampling.pop("frames")
-        del sampling["clips"]  # of sample.py
+        context, frames, _ = (sampling.pop(key) for key in ("context", "frames", "clips"))
         if cfg.choice.latent:
             sampling |= {f"choice_{key}": getattr(cfg.choice, key) for key in runs.SAMPLING}
         return {
@@ -154,24 +142,18 @@ class Run:
 
 
 @dataclass
-class ScoredClips(Dataset):
-    """Item i: test clip indices[i], that index, and training clip others[i] if there are others.
+class SourceClips(Dataset):
+    """Clips of a source, without the model: copied to the processes that load data."""
 
-    Holds no model: it is copied to the processes that load data.
-    """
-
-    test: Dataset
+    source: Dataset
     indices: list[int]
-    train: Dataset
-    others: list[int]
     start: int | None
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, i):
-        other = self.train.clip(self.others[i], self.start) if self.others else torch.zeros(0)
-        return self.test.clip(self.indices[i], self.start), self.indices[i], other
+        return self.source.clip(self.indices[i], self.start)
 
 
 @dataclass
@@ -191,53 +173,52 @@ def collect(run: Run, kinds: dict, detectors: list, floor=False, losses=True) ->
     "real" is always there; with `floor`, so is "floor": as many clips of the training split, whose
     set scores are the noise floor. `losses`: also the held-out losses, of up to 256 clips.
     """
-    tables, parts = defaultdict(lambda: defaultdict(lambda: defaultdict(list))), []
-    others = run.others if floor else []
-    clips = ScoredClips(run.test, run.indices, run.train, others, run.start)
-    loader = DataLoader(clips, run.batch, num_workers=run.cfg.data.workers)
-    with tqdm(total=len(clips) * (len(kinds) + 1 + floor), desc="scoring", unit="clip") as bar:
-        for real, indices, other in loader:
-            truth, indices = to_uint8(real), indices.tolist()
-            given = {"real": lambda *_: real} | ({"floor": lambda *_: other} if floor else {})
-            for kind, make in (given | kinds).items():
-                video = to_uint8(make(real, indices))
-                for table, a, b, values in measure(run, detectors, kind, video, truth, indices):
-                    tables[table][a][b].append(values)
+    sources = {"real": SourceClips(run.test, run.indices, run.start)}
+    if floor:
+        sources["floor"] = SourceClips(run.train, run.others, run.start)
+    loader = DataLoader(StackDataset(**sources), run.batch, num_workers=run.cfg.data.workers)
+    measured, parts = defaultdict(list), []
+    every = [*sources, *kinds]
+    with tqdm(total=len(run.indices) * len(every), desc="scoring", unit="clip") as bar:
+        for begin, given in zip(range(0, len(run.indices), run.batch), loader):
+            real, indices = given["real"], run.indices[begin : begin + run.batch]
+            for kind in every:
+                video = given[kind] if kind in given else kinds[kind](real, indices)
+                for key, values in measure(run, detectors, kind, video, real, indices):
+                    measured[key].append(values)
                 bar.update(len(real))
-            if losses and len(parts) * run.batch < 256:
+            if losses and begin < 256:
                 parts.append((len(real), held_out_losses(run, real)))
-    total = sum(weight for weight, _ in parts)
+    tables = {name: defaultdict(dict) for name in ("features", "frames", "objects")}
+    for (table, a, b), values in measured.items():
+        join = torch.cat if table == "features" else np.concatenate
+        tables[table][a][b] = join(values)
+    counted = sum(n for n, _ in parts)
     names = parts[0][1] if parts else ()
-    losses = {name: sum(weight * part[name] for weight, part in parts) / total for name in names}
-    joins = {"features": torch.cat, "frames": np.concatenate, "objects": np.concatenate}
-    joined = {
-        table: {a: {b: join(v) for b, v in of.items()} for a, of in tables[table].items()}
-        for table, join in joins.items()
-    }
-    return Collected(**joined, losses=losses)
+    losses = {name: sum(n * part[name] for n, part in parts) / counted for name in names}
+    return Collected(**tables, losses=losses)
 
 
-def measure(run, detectors, kind, video, truth, indices):
-    """Yield (table of Collected, its two keys, values per clip) for a batch of one kind of video.
+def measure(run, detectors, kind, video, real, indices):
+    """Yield ((table of Collected, its two keys), values per clip) of a batch of one kind of video.
 
-    video, truth: uint8 (B, T, H, W, 3).
+    video, real: (B, T, 3, H, W) in [-1, 1].
     """
-    context = run.cfg.sample.context
-    for detector in detectors:
-        features = metrics.detect_features(detector, video, run.batch)
-        yield "features", detector.name, kind, features
+    video, truth, context = to_uint8(video), to_uint8(real), run.cfg.sample.context
+    for d in detectors:
+        yield ("features", d.name, kind), metrics.detect_features(d, video, run.batch)
     if kind not in ("real", "floor"):
         scores = metrics.frame_scores(truth[:, context:], video[:, context:], run.device)
         for name, values in scores.items():
-            yield "frames", name, kind, values
+            yield ("frames", name, kind), values
     if run.name != "pushing" or kind == "floor":
         return
     for clip, index in zip(video, indices):
         for name, value in object_measures(clip, run.test.state(index), context).items():
-            yield "objects", kind, name, value[None]
+            yield ("objects", kind, name), value[None]
         if kind == "real" and context:
             state = run.test.state(index, context)  # another future that the simulator plays
-            yield "objects", "other future", "path", state.position[None, context:, 0]
+            yield ("objects", "other future", "path"), state.position[None, context:, 0]
 
 
 @torch.no_grad()
@@ -252,22 +233,6 @@ def held_out_losses(run, real) -> dict:
 # ------------------------------------------------------------------------------ measures to figures
 
 
-def frame_figures(frames: dict, trajectories: list[str]) -> dict:
-    """Return mean and best of several samples (kinds named in `trajectories`) for each score."""
-    figures = {}
-    for name, kinds in frames.items():
-        values = np.stack([kinds[kind] for kind in trajectories])  # (trajectories, clips)
-        best = values.min(0) if metrics.BEST[name] is min else values.max(0)
-        figures[name] = {
-            "mean": float(values.mean()),
-            f"best_of_{len(values)}": float(best.mean()),
-            "each": values.mean(1).tolist(),
-        }
-        if "reconstruction" in kinds:
-            figures[name]["reconstruction"] = float(kinds["reconstruction"].mean())
-    return figures
-
-
 def object_figures(objects: dict, trajectories: list[str]) -> dict:
     """Return figures of the objects of `pushing`, {} of other data: see docs/SCORES.md.
 
@@ -276,16 +241,15 @@ def object_figures(objects: dict, trajectories: list[str]) -> dict:
     """
     if not objects:
         return {}
-    kinds = [*trajectories, *(kind for kind in ("reconstruction",) if kind in objects)]
-    all_kinds = ("real", *kinds)
+    made = [kind for kind in (*trajectories, "reconstruction") if kind in objects]
+    kinds = ["real", *made]
     figures = {
-        name: {kind: float(objects[kind][name].mean()) for kind in all_kinds}
+        name: {kind: float(objects[kind][name].mean()) for kind in kinds}
         for name in ("right", "shaped", "lost")
     }
-    ends = {kind: float(objects[kind]["lost"][:, -1].mean()) for kind in all_kinds}
-    speed = {kind: known_mean(objects[kind]["speed"]) for kind in all_kinds}
-    figures["ends_lost"] = ends
-    figures["speed_ratio"] = {kind: ratio(speed[kind], speed["real"]) for kind in kinds}
+    figures["ends_lost"] = {kind: float(objects[kind]["lost"][:, -1].mean()) for kind in kinds}
+    speed = {kind: known_mean(objects[kind]["speed"]) for kind in kinds}
+    figures["speed_ratio"] = {kind: ratio(speed[kind], speed["real"]) for kind in made}
     if len(trajectories) < 2:
         return figures
 
@@ -295,11 +259,10 @@ def object_figures(objects: dict, trajectories: list[str]) -> dict:
 
     errors = [apart(kind, "real", -1) for kind in trajectories]
     figures["end_error"] = known_mean(np.fmin.reduce(errors))
-    pairs = {"apart": trajectories[:2]}
-    if "other future" in objects:
-        pairs["apart_real"] = ("real", "other future")
-    for (name, two), (at, frame) in product(pairs.items(), (("ends", -1), ("first", 0))):
-        figures[f"{at}_{name}"] = known_mean(apart(*two, frame))
+    for where, frame in (("ends", -1), ("first", 0)):
+        figures[f"{where}_apart"] = known_mean(apart(*trajectories[:2], frame))
+        if "other future" in objects:
+            figures[f"{where}_apart_real"] = known_mean(apart("real", "other future", frame))
     return figures
 
 

@@ -1,9 +1,23 @@
-"""The figures of fvd.py in words, on stdout."""
+"""The figures of fvd.py in words, on stdout, and tables in Markdown."""
 
 import numpy as np
 
 from support.metrics import BEST
 from support.protocols import ratio
+
+SETS = {
+    "pooled": "all samples as one set",
+    "mean": "one sample a clip, mean",
+    "reconstruction": "tokenizer reconstruction",
+    "floor": "noise floor, as many clips of the training split",
+}
+OBJECTS = {  # of `pushing`: title and format
+    "right": ("frames with every object whole and in its colour", ".1%"),
+    "shaped": ("of all frames, those in which each has its shape, too", ".1%"),
+    "speed_ratio": ("gripper's speed over the real one", ".3f"),
+    "lost": ("predicted frames without the gripper", ".1%"),
+    "ends_lost": ("last frames without the gripper", ".1%"),
+}
 
 
 def report(s: dict) -> None:
@@ -15,21 +29,25 @@ def report(s: dict) -> None:
         f"{s['context']}; {s['trajectories']} samples a clip, seeds from {s['seed']}; {settings}"
     )
     for name, d in s["detectors"].items():
-        _report_sets(name, d, s)
-    for name in [name for name in BEST if name in s]:
-        best = next(key for key in s[name] if key.startswith("best"))
         print(
-            f"{name.upper()} of predicted frames, {_better(name)} is better: mean "
-            f"{s[name]['mean']:.3f}{' dB' if name == 'psnr' else ''}, {best.replace('_', ' ')} "
-            f"{s[name][best]:.3f}, tokenizer reconstruction {s[name]['reconstruction']:.3f}"
+            f"{_distance(name, d)} (context included, covariances over n - 1, detector "
+            f"{d['file'] or 'built in'}, sha256 {d['sha256']}):"
         )
-    if "right" in s:
-        _report_objects(s)
-    if "ends_apart" in s:
-        real = ""
-        if "ends_apart_real" in s:
-            real = f" (two futures that the simulator plays: {s['ends_apart_real']:.3f})"
-        print(f"end positions of two samples: {s['ends_apart']:.3f} table widths apart{real}")
+        for key in [key for key in SETS if key in d]:
+            print(f"  {SETS[key]:50s} {d[key]['frechet']:9.2f}{_other_scores(d[key])}")
+        if s["trajectories"] > 1:
+            print(f"  {'standard deviation over samples':50s} {d['std']['frechet']:9.2f}")
+    for name in [name for name in BEST if name in s]:
+        of = [f"{k.replace('_', ' ')} {v:.3f}" for k, v in s[name].items() if k != "each"]
+        _report_frames(name, ", ".join(of))
+    for key in [key for key in OBJECTS if key in s]:
+        title, form = OBJECTS[key]
+        own = np.mean([value for kind, value in s[key].items() if kind.startswith("seed")])
+        each = ", ".join(f"{kind} {value:{form}}" for kind, value in s[key].items())
+        print(f"{title}: {own:{form}} ({each})")
+    for key in [key for key in ("ends_apart", "ends_apart_real") if key in s]:
+        whose = "two samples" if key == "ends_apart" else "two futures that the simulator plays"
+        print(f"end positions of {whose}: {s[key]:.3f} table widths apart")
     losses = s["losses"]
     if "canvas" in losses:
         copied = ratio(losses["canvas"], losses["copy"])
@@ -38,78 +56,37 @@ def report(s: dict) -> None:
     print(f"diffusion loss at mask ratio 0.3 over that at 1.0: {early:.3f}")
 
 
-def _report_sets(name, d, s):
-    """Print the scores of one detector."""
+def report_files(s: dict) -> None:
+    """Print the scores of two sets of clips."""
+    (real, generated), (frames, height, width, _) = s["clips"], s["shape"]
     print(
-        f"{'FVD' if name == 'i3d' else 'Fréchet, ' + d['is']} (context included, covariances over "
-        f"n - 1, detector {d['file'] or 'built in'}, sha256 {d['sha256']}):"
-    )
-    titles = {
-        "pooled": "all samples as one set",
-        "mean": "one sample a clip, mean",
-        "reconstruction": "tokenizer reconstruction",
-        "floor": f"noise floor, {s['floor']}",
-    }
-    for key in [key for key in titles if key in d]:
-        line = f"  {titles[key]:58s} {d[key]['frechet']:9.2f}"
-        if key == "mean" and s["trajectories"] > 1:
-            line += f" +- {d['std']['frechet']:.2f} over {s['trajectories']}"
-        if "kvd" in d[key]:
-            line += "; KVD {kvd:.4f}, precision {precision:.3f}, recall {recall:.3f}"
-        print(line.format(**d[key]))
-
-
-def _report_objects(s):
-    """Print the measures of `pushing`: their mean over samples, and each in brackets."""
-
-    def line(title, figures, form, unit="", scale=1):
-        figures = {kind: scale * value for kind, value in figures.items()}
-        own = [value for kind, value in figures.items() if kind.startswith("seed")]
-        each = ", ".join(form % value for value in own)
-        kinds = [kind for kind in ("real", "reconstruction") if kind in figures]
-        others = ", ".join(f"{kind} {form % figures[kind]}{unit}" for kind in kinds)
-        print(f"{title}: {form % np.mean(own)}{unit} ({each}; {others})")
-
-    percent = {"form": "%.1f", "unit": "%", "scale": 100}
-    line("frames with every object whole and in its colour", s["right"], **percent)
-    line("of all frames, those in which each has its shape, too", s["shaped"], **percent)
-    line("gripper's speed over the real one", s["speed_ratio"], "%.3f")
-    line("predicted frames without the gripper", s["lost"], **percent)
-    line("last frames without the gripper", s["ends_lost"], **percent)
-
-
-def report_clips(counts, shape) -> None:
-    """Print what is scored: the numbers of clips, and their shape (T, H, W, 3)."""
-    frames, height, width, _ = shape
-    print(
-        f"{counts[0]} real and {counts[1]} generated clips of {frames} frames at {width}x{height}; "
+        f"{real} real and {generated} generated clips of {frames} frames at {width}x{height}; "
         "covariances over n - 1"
     )
-
-
-def report_files(scores: dict, detectors) -> None:
-    """Print the scores of two sets of clips."""
-    for detector in detectors:
-        s = scores[detector.name]
-        title = "FVD" if detector.name == "i3d" else "Fréchet, " + s["is"]
-        print(f"{title}: {s['frechet']:.2f} (detector sha256 {s['sha256']})")
-        if "kvd" in s:
+    for name, d in [(name, s[name]) for name in ("offline", "i3d") if name in s]:
+        which = f"(detector sha256 {d['sha256']})"
+        print(f"{_distance(name, d)}: {d['frechet']:.2f} {which}{_other_scores(d)}")
+        if "floor" in d:
             print(
-                f"  KVD {s['kvd']:.4f} +- {s['kvd_std']:.4f}, precision {s['precision']:.3f}, "
-                f"recall {s['recall']:.3f}"
+                f"  noise floor, two halves of the real clips ({real // 2} each, so higher than "
+                f"for all): {d['floor']['frechet']:.2f}"
             )
-        if "floor" in s:
-            half = scores["clips"][0] // 2
-            print(
-                f"  noise floor, two halves of the real clips ({half} each, so higher than for "
-                f"all): {s['floor']['frechet']:.2f}"
-            )
-    for name in [name for name in BEST if name in scores]:
-        print(f"{name.upper()} ({_better(name)} is better): {scores[name]:.3f}")
+    for name in [name for name in BEST if name in s]:
+        _report_frames(name, f"{s[name]:.3f}")
 
 
-def _better(score: str) -> str:
-    return "lower" if BEST[score] is min else "higher"
+def _distance(name, d) -> str:
+    return "FVD" if name == "i3d" else f"Fréchet, {d['is']}"
+
+
+def _other_scores(d) -> str:
+    names = [name for name in ("kvd", "kvd_std", "precision", "recall") if name in d]
+    return "".join(f", {name} {d[name]:.4g}" for name in names)
+
+
+def _report_frames(name, figures) -> None:
+    unit, better = " in dB" * (name == "psnr"), "lower" if BEST[name] is min else "higher"
+    print(f"{name.upper()}{unit}, {better} is better: {figures}")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import script, stand_in
 from scoring import bare, begins_to_work, call, options, refusal, strict, train_inside
-from test_data import write_bair
+from test_bair import write_bair
 from test_video import write_video
 
 import fvd

@@ -227,12 +227,8 @@ def test_i3d_gets_the_axes_the_range_and_the_call_it_expects(tmp_path):
 def test_a_wrong_detector_file_is_named(tmp_path):
     (tmp_path / "text.pt").write_text("no network")
     torch.save({"a": 1}, tmp_path / "weights.pt")
-    for name, words in (
-        ("none.pt", "cannot read"),
-        ("text.pt", "not a TorchScript file"),
-        ("weights.pt", "not a TorchScript file"),
-    ):
-        with pytest.raises(UserError, match=words):
+    for name in ("none.pt", "text.pt", "weights.pt"):
+        with pytest.raises(UserError, match=f"cannot read .*{name} as a TorchScript file: .*"):
             metrics.I3D(tmp_path / name)
     video = torch.zeros(2, 10, 16, 16, 3, dtype=torch.uint8)
     torch.jit.script(torch.nn.ReLU()).save(tmp_path / "other.pt")
