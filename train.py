@@ -185,18 +185,7 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
     if machine.ranks > 1:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=ids)
-    loader = data.loader(
-        source,
-        cfg.seed,
-        stage.batch,
-        first=done * stage.accumulate,  # goes on where the checkpoint was
-        last=stage.steps * stage.accumulate,
-        rank=machine.rank,
-        ranks=machine.ranks,
-        workers=cfg.data.workers,
-        pin=device.type == "cuda",
-    )
-    batches = iter(loader)
+    batches = iter(remaining_batches(cfg, machine, source, stage, done))
     bad = torch.zeros((), dtype=torch.long, device=device)  # the first step that was not finite
     net.train()
     with progress(machine, stage, done) as advance:
@@ -215,6 +204,21 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
                     log(f"stopped at step {step} of {stage.steps}; the same command goes on")
                 sys.exit(128 + stop)
     return ema
+
+
+def remaining_batches(cfg, machine, source, stage, done):
+    """Return the batches after step `done`: the data's position follows from the step."""
+    return data.loader(
+        source,
+        cfg.seed,
+        stage.batch,
+        first=done * stage.accumulate,
+        last=stage.steps * stage.accumulate,
+        rank=machine.rank,
+        ranks=machine.ranks,
+        workers=cfg.data.workers,
+        pin=machine.device.type == "cuda",
+    )
 
 
 @contextlib.contextmanager

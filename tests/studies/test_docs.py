@@ -17,10 +17,6 @@ ARMS = {  # in the pages: in the stored tables
     "choosing canvas": "w of 16",
     "choosing canvas, temperature 1.5": "w of 16, temperature 1.5",
 }
-README_ARMS = ARMS | {
-    "canvas": ARMS["config.yaml"],
-    "uniform": ARMS["uniform, deeper, same noise"],
-}
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -97,7 +93,7 @@ def cells(line):
 @pytest.mark.parametrize(
     "page, title, stored, arms",
     [
-        ("README.md", "Results", "choice", README_ARMS),
+        ("README.md", "Results", "choice", ARMS),
         ("docs/RESULTS.md", "Canvas against uniform mask", "levers", ARMS),
         ("docs/CHOICE.md", "Scores", "choice", ARMS),
     ],

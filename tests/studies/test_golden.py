@@ -1,4 +1,4 @@
-"""Nothing moves that is not meant to: what the model computes is what it computed when golden.json was written."""
+"""What the model computes is what it computed when golden.json was written."""
 
 import json
 

@@ -153,11 +153,11 @@ def test_held_out_losses_are_not_compiled_with_the_sampler(counters, monkeypatch
     assert counters["stats"]["unique_graphs"] > 0
 
 
-# -------------------------------------------------------------------------------------------------------------- no waiting
+# ---------------------------------------------------------------------------------- no waiting
 
 
 class Reads(TorchDispatchMode):
-    """Counts what a device would have to be waited for: numbers read, and shapes that depend on them."""
+    """Counts what a device is waited for: numbers read, and shapes that depend on them."""
 
     number = 0
 
