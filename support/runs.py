@@ -202,14 +202,7 @@ def open_run(cfg: Config, source: str, machine, stack) -> Config:
     stack.enter_context(storage.lock(folder))
     model = storage.list_checkpoints(folder, "")
     tokenizer = [*storage.list_checkpoints(folder, "tokenizer_"), *folder.glob("tokenizer.pt")]
-    old = None
-    if file.exists() and (tokenizer or model):
-        try:
-            old = config.load(file)
-        except config.OldVersion:
-            raise
-        except UserError as error:
-            warn(f"{error}; what the checkpoints in {folder} say of themselves is compared instead")
+    old = config.load(file) if file.exists() and (tokenizer or model) else None
     precision = pick_precision(cfg, machine.device, old)
     cfg = replace(cfg, train=replace(cfg.train, precision=precision))
     changed = storage.compare(old, cfg, folder, () if model else storage.FIRST_STAGE) if old else ""
