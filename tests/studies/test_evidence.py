@@ -233,7 +233,7 @@ def test_a_gripper_that_is_found_nowhere_is_worth_nothing_and_drawn_as_nothing(p
 def test_results_that_cannot_be_written_are_found_before_the_trainings(plan, monkeypatch):
     Path("results/taken").touch()
     monkeypatch.setattr(evidence, "_train_one", lambda *_: pytest.fail("trains"))
-    with pytest.raises(UserError, match="cannot make the folder"):
+    with pytest.raises(UserError, match="cannot write to the folder"):
         evidence.train(replace(plan, name="taken"))
 
 
