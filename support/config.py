@@ -234,10 +234,9 @@ REMOVED = {  # keys of earlier versions
 
 
 def load(path, overrides=()) -> Config:
-    """Read a YAML file (and its `base` files), apply `key.sub=value` overrides, check everything.
+    """Read a YAML file and its `base` files, apply `key.sub=value` overrides, check everything.
 
-    Raises UserError for an unreadable file, an unknown or missing key (naming the nearest valid
-    one), a value of the wrong type or out of range, and sizes that do not fit together.
+    Raises UserError for the first mistake.
     """
     tree = _read(Path(path), seen=())
     for override in overrides:
@@ -253,7 +252,8 @@ def load(path, overrides=()) -> Config:
 def from_dict(tree: dict, where="config") -> Config:
     """Build and check a Config from nested dicts, as stored in files and checkpoints."""
     cfg = build(Config, tree, "", where)
-    check(cfg)
+    for problem in _problems(cfg):
+        raise UserError(problem)
     return cfg
 
 
@@ -290,10 +290,9 @@ def replacing(path):
 
 def flat(cfg: Config) -> dict:
     """{'data.size': 32, ...}: every value under its dotted name."""
-    values = {}
-    for name, value in to_dict(cfg).items():
-        section = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else None
-        values |= section or {name: value}
+    values = to_dict(cfg)
+    for name in [name for name, value in values.items() if isinstance(value, dict)]:
+        values |= {f"{name}.{key}": value for key, value in values.pop(name).items()}
     return values
 
 
@@ -325,9 +324,9 @@ def _read(path: Path, seen: tuple) -> dict:
     if not isinstance(tree, dict) or not isinstance(tree.get("base", ""), str):
         raise UserError(f"{path} holds no keys, or a `base` that is not the path of a file")
     base = tree.pop("base", "")
-    return (
-        _merge(_read(path.parent / base, (*seen, os.path.realpath(path))), tree) if base else tree
-    )
+    if base:
+        tree = _merge(_read(path.parent / base, (*seen, os.path.realpath(path))), tree)
+    return tree
 
 
 def _merge(base, over):
@@ -341,10 +340,7 @@ def _merge(base, over):
 
 
 def build(kind, tree, prefix: str, where: str):
-    """Build one section from a dict.
-
-    Raises UserError for an unknown key, a missing one that has no default, and a wrong value.
-    """
+    """Build one section from a dict. Raises UserError for wrong or missing keys and values."""
     if not isinstance(tree, dict):
         name, shown = prefix.rstrip("."), reprlib.repr(tree)
         raise UserError(f"{where}: '{name}' must be a section with keys, got {shown}")
@@ -405,13 +401,8 @@ def _parse(kind: type, value):
     return value
 
 
-def check(cfg: Config) -> None:
-    """Refuse sizes that do not fit together; each message prints both. Raises UserError."""
-    for problem in _problems(cfg):
-        raise UserError(problem)
-
-
 def _problems(cfg: Config):
+    """Yield a line for all that does not fit together, with both of the sizes."""
     d, t, m, s, c = cfg.data, cfg.tokenizer, cfg.model, cfg.sample, cfg.choice
     size, stride = f"data.size={d.size}", f"tokenizer.stride={t.stride}"
     if not cfg.run:

@@ -115,9 +115,9 @@ def _handle_signals(machine: Machine) -> None:
 def rendezvous(rank: int, ranks: int) -> dist.Store:
     """Return a store that only the processes of this attempt write to.
 
-    torchrun keeps one store for all restarts, and in it the addresses of dead processes are taken
-    for those of the new ones (PyTorch issue 135712). So each process says hello under a new name.
-    Rank 0 cannot tell old names from new ones: it answers all until each process has thanked it.
+    torchrun keeps one store for all restarts, with the addresses of dead processes (PyTorch issue
+    135712), so each process says hello under a new name. Rank 0 cannot tell old names from new
+    ones: it answers all until each process has thanked it.
     """
     store, name = next(dist.rendezvous("env://"))[0], uuid.uuid4().hex
     if rank > 0:

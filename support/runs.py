@@ -1,11 +1,8 @@
-"""What belongs to a run: its model and tokenizer in files, its folder, going on with it.
-
-cfg, model, tokenizer = load_run("runs/pushing", device)   # the averaged weights, frozen
-"""
+"""What belongs to a run: its model and tokenizer in files, its folder, going on with it."""
 
 import contextlib
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -117,8 +114,8 @@ def load_tokenizer(path, device="cpu", expect: config.Tokenizer | None = None) -
 
 def pack_tokenizer(tokenizer: Tokenizer) -> dict:
     """Return it as tensors and plain values, as in a tokenizer.pt and in a model's checkpoint."""
-    state = tokenizer.state_dict()
-    return {"kind": "tokenizer", "config": asdict(tokenizer.cfg), "state": state}
+    settings, state = config.to_dict(tokenizer.cfg), tokenizer.state_dict()
+    return {"kind": "tokenizer", "config": settings, "state": state}
 
 
 def unpack_tokenizer(stored: dict, path, device="cpu") -> Tokenizer:
@@ -152,14 +149,11 @@ def adopt_tokenizer(cfg: Config) -> bool:
 
 def _restore_tokenizer(folder) -> None:
     """Write a damaged or lost tokenizer.pt again from the newest checkpoint of the model."""
-    file, why = Path(folder) / "tokenizer.pt", ""
+    file = Path(folder) / "tokenizer.pt"
     try:
-        if file.exists():
-            storage.read(file, "tokenizer")
-        else:
-            why = f"{file} is gone"
+        why = None if file.exists() and storage.read(file, "tokenizer") else f"{file} is gone"
     except storage.CorruptFile as error:
-        why = str(error)
+        why = error
     source, stored = storage.load_latest(folder, "", "model") if why else (None, None)
     if source and "vae" in stored:
         tokenizer = unpack_tokenizer(stored["vae"], source)
@@ -183,12 +177,11 @@ def open_run(cfg: Config, source: str, machine, stack) -> Config:
         what = f"run={cfg.run} is the folder of {source} itself, which would be overwritten"
         raise UserError(f"{what}; choose another")
     stack.enter_context(storage.lock(folder))
-    model = storage.list_checkpoints(folder, "")
-    tokenizer = [*storage.list_checkpoints(folder, "tokenizer_"), *folder.glob("tokenizer.pt")]
-    old = config.load(file) if file.exists() and (tokenizer or model) else None
+    bound = () if storage.list_checkpoints(folder, "") else storage.FIRST_STAGE
+    old = config.load(file) if file.exists() and any(folder.glob("*.pt")) else None
     precision = pick_precision(cfg, machine.device, old)
     cfg = replace(cfg, train=replace(cfg.train, precision=precision))
-    changed = storage.compare(old, cfg, folder, () if model else storage.FIRST_STAGE) if old else ""
+    changed = storage.compare(old, cfg, folder, bound) if old else ""
     if changed:
         log(f"{folder} goes on with {changed}")
     return cfg
@@ -218,13 +211,12 @@ def resume(cfg, machine, source, stage, ema, optimizer) -> int:
     stage.extra |= {"config": config.to_dict(cfg), "clips_per_step": clips}
     stage.extra["data"] = agreed_fingerprint(machine, source)
     keys = ("step", "config", "data", "clips_per_step", "net", "ema", "optimizer")
-    found = []
 
     def find():
-        found.extend(storage.load_latest(cfg.run, stage.prefix, stage.kind, keys))
-        if found[0]:
-            check_stored(cfg, stage, *found)
-        return found[0]
+        file, stored = storage.load_latest(cfg.run, stage.prefix, stage.kind, keys)
+        if file:
+            check_stored(cfg, stage, file, stored)
+        return file
 
     def begin():
         if file:
@@ -235,7 +227,7 @@ def resume(cfg, machine, source, stage, ema, optimizer) -> int:
 
     file, stored = machine.on_rank0(find), {"step": 0}
     if file:
-        stored = found[1] if found else storage.read(file, stage.kind, keys)
+        stored = storage.read(file, stage.kind, keys)
         for part, state in ((stage.net, "net"), (ema, "ema"), (optimizer, "optimizer")):
             storage.load_state(part, stored[state], file)
         _check_moments(stage.net, optimizer, file)
@@ -248,20 +240,15 @@ def _check_moments(net, optimizer, file) -> None:
         state = optimizer.state[p] if isinstance(optimizer.state[p], dict) else {}
         shapes = [getattr(state.get(name), "shape", None) for name in ("exp_avg", "exp_avg_sq")]
         if shapes != [p.shape, p.shape]:
-            why = "the optimizer's state is of another model"
-            raise UserError(f"{file} does not fit this configuration ({why})")
+            raise UserError(f"{file} has the optimizer's state of another configuration")
 
 
 def check_stored(cfg, stage, file, stored) -> None:
-    """Raise UserError if a checkpoint is not of this run.
-
-    Of other data it only warns: they may have grown on purpose.
-    """
+    """Raise UserError if a checkpoint is not of this run; other data may have grown on purpose."""
     bound = () if stage.kind == "model" else storage.FIRST_STAGE
     storage.compare(config.from_dict(stored["config"], where=str(file)), cfg, file, bound)
     if stored.get("tokenizer") != stage.extra.get("tokenizer"):
-        ours = Path(cfg.run) / "tokenizer.pt"
-        raise UserError(f"{file} was trained with another tokenizer than {ours}")
+        raise UserError(f"{file} was trained with another tokenizer than {cfg.run}/tokenizer.pt")
     then, now = stored["clips_per_step"], stage.extra["clips_per_step"]
     if then != now:
         keys = "train.batch x train.accumulate" if stage.kind == "model" else "tokenizer.batch"
@@ -295,14 +282,12 @@ def explain_errors(machine):
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        lost = re.search("connection (closed|reset)|broken pipe|read error", text, re.I)
+        lost = re.search("connection (closed|reset)|broken pipe|read error|gloo", text, re.I)
         if re.search(r"DataLoader worker \(pid", text):
             remedy = "often memory is short, then data.workers=0 helps"
             why = f"a process that prepares data died ({text[:150]}); {remedy}"
-        elif machine.ranks > 1 and lost:
-            why = f"process {machine.rank} lost another one, which has failed or was killed"
-        elif machine.ranks > 1 and (isinstance(error, dist.DistError) or "gloo" in text.lower()):
-            why = f"the processes cannot talk to each other ({text[:300]})"
+        elif machine.ranks > 1 and (lost or isinstance(error, dist.DistError)):
+            why = f"process {machine.rank} lost another one, or cannot reach it ({text[:300]})"
         else:
             raise
         raise UserError(f"{why}; the same command goes on from the last checkpoint") from None

@@ -57,11 +57,8 @@ def plain(values):
 
 
 def write_json(values: dict, path) -> None:
-    """Write values as JSON; a crash leaves the file before whole. Raises UserError."""
-    try:
-        write_text(path, json.dumps(plain(values), indent=1, allow_nan=False))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    """Write values as JSON; a crash leaves the file before whole."""
+    write_text(path, json.dumps(plain(values), indent=1, allow_nan=False))
 
 
 @contextlib.contextmanager
@@ -236,19 +233,18 @@ def load_latest(folder, prefix: str, kind: str, keys=()):
 
     Damaged ones are said on stderr. Raises UserError if there are checkpoints and none is whole.
     """
-    damaged = []
+    damaged = ""
     for file in list_checkpoints(folder, prefix):
         try:
             stored = read(file, kind, keys)
         except CorruptFile as error:
-            damaged.append(str(error))
+            damaged += f"{error}; "
             continue
         if damaged:
-            warn(f"{'; '.join(damaged)}: {file.name} of step {stored.get('step')} is used")
+            warn(f"{damaged}{file.name} of step {stored.get('step')} is used")
         return file, stored
     if damaged:
-        left = f"no whole checkpoint is left in {folder}; move them away to begin again"
-        raise UserError(f"{'; '.join(damaged)}: {left}")
+        raise UserError(f"{damaged}no whole checkpoint is left; move them away to begin again")
     return None, None
 
 
