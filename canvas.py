@@ -17,9 +17,10 @@ from mar import MAR, Attention, Block, choose_masked, gather_tokens, mask_ratio,
 
 
 class CanvasMAR(nn.Module):
-    """Latent clips f (B, T, N, C), each channel of mean 0 and std 1, and random draws -> loss."""
+    """Latent clips f (B, T, N, C), each channel of mean 0 and std 1, and draws -> (loss, logs)."""
 
     def __init__(self, cfg):
+        """cfg: its `model` section, .grid, .tokenizer.channels and .train.recompute are read."""
         super().__init__()
         m, grid, channels = cfg.model, cfg.grid, cfg.tokenizer.channels
         self.cfg, self.tokens, self.channels = m, grid**2, channels
@@ -34,17 +35,21 @@ class CanvasMAR(nn.Module):
         self.set_recompute(cfg.train.recompute)
 
     def forward(self, f, draws: "Draws"):
-        """Return (loss, logs).  L = L_diff + lambda L_canvas."""
-        # The frame before each, noisy: ours, close to what is reported second-hand of Eq. 11.
+        """Return (loss, logs) of clips f (B, T, N, C).  L = L_diff + lambda L_canvas."""
+        # prev[i] is frame i-1, noisy. Reported (Eq. 11, unchecked): (1 - r) f + r eps, r of
+        # U[0.2, 0.6], on the latest frame; that noise is added, to all of them, is ours.
         start = self.start.expand(len(f), 1, -1, -1)
-        prev = torch.cat([start, f[:, :-1] + draws.past_noise], dim=1)  # (B, T, N, C)
+        noisy = f[:, :-1] + draws.context_sigma * draws.context_eps
+        prev = torch.cat([start, noisy], dim=1)  # (B, T, N, C)
         z_t = self.temporal(prev)  # (B, T, N, D)  of earlier frames only
         z_s, f_hat, extra = self.predict_canvas(z_t, prev, f, draws)  # (B, T, N, D), (B, T, N, C)
         l_canvas = 0.0 if f_hat is None else (f_hat.float() - f).square().mean()
+        l_canvas = self.cfg.canvas_weight * l_canvas + sum(extra.values())  # extra: of subclasses
 
-        z_s = z_s + draws.canvas_sigma * draws.canvas_eps  # z_s': canvas augmentation
-        z_t = torch.where(draws.drop_temporal, self.null.to(z_t.dtype), z_t)  # for guidance,
-        z_s = torch.where(draws.drop_canvas, torch.zeros_like(z_s), z_s)  # independently
+        z_s = z_s + draws.canvas_sigma * draws.canvas_eps  # (B, T, N, D)  z_s', augmented
+        # For guidance a clip loses either condition. The canvas always sees z_t.
+        z_t = torch.where(draws.drop_temporal, self.null.to(z_t.dtype), z_t)
+        z_s = torch.where(draws.drop_canvas, torch.zeros_like(z_s), z_s)
 
         masked = torch.zeros(f.shape[:3], dtype=torch.bool, device=f.device)
         masked = masked.flatten(1).scatter(1, draws.index, True).view_as(masked)  # (B, T, N)
@@ -52,9 +57,9 @@ class CanvasMAR(nn.Module):
         target = gather_tokens(f.flatten(1, 2), draws.index)  # (B, K, C)
         l_diff = self.head(target, c, draws.tau, draws.eps).mean()
 
-        loss = self.cfg.canvas_weight * l_canvas + sum(extra.values()) + l_diff
+        loss = l_diff + l_canvas  # L = L_diff + lambda L_canvas; both train the canvas network
         logs = {"loss": loss, "diffusion": l_diff, **extra}
-        if f_hat is not None:  # errors over frames that have one before: the canvas must win
+        if f_hat is not None:  # of frames 2..T: a canvas no better than a copy has learned nothing
             logs["canvas"] = (f_hat.float() - f).square()[:, 1:].mean()
             logs["copy"] = (f[:, 1:] - f[:, :-1]).square().mean()
         return loss, {name: value.detach() for name, value in logs.items()}
@@ -87,9 +92,9 @@ class CanvasMAR(nn.Module):
         # Drawn for every token, so that a token's noise is the same at every mask ratio.
         tau = rand(R, frames * N).gather(2, index[:, None].expand(-1, R, -1))
         eps = gather_tokens(randn(frames * N, R, self.channels).flatten(2), index)
-        canvas_sigma = m.canvas_noise * m.canvas * rand(frames)[..., None, None]
+        canvas_sigma = (m.canvas_noise if m.canvas else 0.0) * rand(frames)[..., None, None]
         canvas_eps = randn(frames, N, m.width)
-        past_level = m.past_noise * rand(frames - 1)[..., None, None]
+        context_sigma = m.past_noise * rand(frames - 1)[..., None, None]
         return Draws(
             index=index,
             tau=tau,
@@ -98,11 +103,12 @@ class CanvasMAR(nn.Module):
             canvas_eps=canvas_eps,
             drop_temporal=drop[:, 0] < m.drop_temporal,
             drop_canvas=drop[:, 1] < m.drop_canvas,
-            past_noise=past_level * randn(frames - 1, N, self.channels),
+            context_sigma=context_sigma,
+            context_eps=randn(frames - 1, N, self.channels),
         )
 
     def set_recompute(self, recompute: bool) -> None:
-        """Say whether training keeps the inputs of blocks only, and computes the rest again."""
+        """Turn activation checkpointing of every block on or off."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.recompute = recompute
@@ -119,11 +125,12 @@ class Draws:
     canvas_eps: torch.Tensor  # (B, T, N, D) standard normal
     drop_temporal: torch.Tensor  # (B, 1, 1, 1) bool
     drop_canvas: torch.Tensor  # (B, 1, 1, 1) bool
-    past_noise: torch.Tensor  # (B, T-1, N, C) noise on context frames, its level uniform, a frame
+    context_sigma: torch.Tensor  # (B, T-1, 1, 1) level of the noise on frames 1..T-1, as well
+    context_eps: torch.Tensor  # (B, T-1, N, C) standard normal
 
     def clean(self) -> "Draws":
         """Return the same draws with both conditions kept and no noise on them, as in sampling."""
-        noisy = ("canvas_sigma", "drop_temporal", "drop_canvas", "past_noise")
+        noisy = ("canvas_sigma", "drop_temporal", "drop_canvas", "context_sigma")
         return replace(self, **{name: torch.zeros_like(getattr(self, name)) for name in noisy})
 
 
@@ -153,14 +160,15 @@ class Temporal(nn.Module):
         self.register_buffer("frequency", frequency, persistent=False)
 
     def forward(self, prev, cache: "Cache | None" = None):
-        """Of all frames at once, or with a cache of those after it: the result is the same."""
+        """Return z_t of all frames; with a cache, prev are those after its frames: the same z_t."""
         first = cache.frames if cache else 0
-        number = torch.arange(first, first + prev.shape[1], device=prev.device)
+        index = torch.arange(first, first + prev.shape[1], device=prev.device)
         earlier = torch.cat([cache.latest if first else prev[:, :1], prev[:, :-1]], dim=1)
-        earlier = torch.where(number[:, None, None] < 2, prev, earlier)  # the start has no velocity
+        # No difference for the start and the frame after it, of which there is none.
+        earlier = torch.where(index[:, None, None] < 2, prev, earlier)
         x = self.in_proj(torch.cat([prev, prev - earlier], dim=-1)) + self.position
         x = x.flatten(1, 2)  # (B, T*N, D)
-        angle = number.repeat_interleave(self.tokens)[:, None] * self.frequency  # (T*N, d/2)
+        angle = index.repeat_interleave(self.tokens)[:, None] * self.frequency  # (T*N, d/2)
         for i, block in enumerate(self.blocks):
             x = block(x, angle, cache and cache.layers[i])
         if cache:
@@ -169,7 +177,7 @@ class Temporal(nn.Module):
 
 
 class CausalAttention(Attention):
-    """Attention of frames of N tokens to the `window` latest, itself included; rotary in time."""
+    """Each frame of N tokens attends to itself and the window - 1 before it; rotary in time."""
 
     def __init__(self, tokens: int, window: int, width: int, heads: int):
         super().__init__(width, heads)
@@ -178,16 +186,15 @@ class CausalAttention(Attention):
     def attend(self, q, k, v, angle, cache=None):
         """q, k, v (B, heads, T*N, d), angle (T*N, d/2) radians: frame by frame, no masked half."""
         q, k = rotate(torch.stack([q, k]), angle)
-        frames = range(q.shape[2] // self.tokens)
-        split = [x.split(self.tokens, dim=2) for x in (q, k, v)]
+        frames = zip(*(x.split(self.tokens, dim=2) for x in (q, k, v)))
         out = []
-        for i in frames:
+        for i, (queries, new_keys, new_values) in enumerate(frames):
             if cache:
-                keys, values = cache.append(split[1][i], split[2][i])
+                keys, values = cache.append(new_keys, new_values)
             else:
-                seen = slice(max(0, i + 1 - self.window) * self.tokens, (i + 1) * self.tokens)
-                keys, values = k[:, :, seen], v[:, :, seen]
-            out.append(F.scaled_dot_product_attention(split[0][i], keys, values))
+                window = slice(max(0, i + 1 - self.window) * self.tokens, (i + 1) * self.tokens)
+                keys, values = k[:, :, window], v[:, :, window]
+            out.append(F.scaled_dot_product_attention(queries, keys, values))
         return torch.cat(out, dim=2)
 
 
@@ -224,7 +231,8 @@ class LayerCache:
         if self.ring is None:
             self.ring = k.new_empty(2, *k.shape[:2], self.window * N, k.shape[-1])
         slot = self.frames % self.window * N
-        self.ring[0, :, :, slot : slot + N], self.ring[1, :, :, slot : slot + N] = k, v
+        self.ring[0, :, :, slot : slot + N] = k
+        self.ring[1, :, :, slot : slot + N] = v
         self.frames += 1
         kept = self.ring[:, :, :, : min(self.frames, self.window) * N]
         return kept[0], kept[1]
@@ -246,6 +254,7 @@ class Canvas(nn.Module):
         self.out_proj = nn.Linear(width, channels)  # W
 
     def forward(self, z_t, prev):
+        """Return (z_s, f_hat)."""
         x = (z_t + self.embed(prev)).flatten(0, -3)  # (frames, N, D)
         for block in self.blocks:
             x = block(x)
@@ -264,12 +273,20 @@ def clip_generator(seed: int, clip: int, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int(state[0]))
 
 
+def to_device(rows, device):
+    """Stack rows drawn on the CPU, for the same numbers on all devices; a GPU does not wait."""
+    stacked = torch.stack(rows)
+    if device.type == "cuda":
+        return stacked.pin_memory().to(device, non_blocking=True)
+    return stacked.to(device)
+
+
 @torch.no_grad()
 def validate(model: CanvasMAR, f, seed: int, ratios=(0.1, 0.3, 0.7, 1.0)) -> dict[str, float]:
     """Return losses on held-out latents f (B, T, N, C), nothing dropped, no noise on conditions.
 
     The draws are the same every time on one kind of device. `diffusion@r` is the diffusion loss at
-    mask ratio r: it must fall with r, or the masked transformer ignores the tokens it is given.
+    mask ratio r: it must be smaller at smaller r, or the tokens that are known are ignored.
     `canvas` and `copy` are the mean squared errors of the canvas and of repeating the last frame.
     """
     result = {}

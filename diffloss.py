@@ -2,7 +2,7 @@
 
 DiffLoss of MAR (Li et al. 2024, arXiv 2406.11838): a small MLP with adaptive LayerNorm. The paper's
 parametrisation is not known; flow matching (Lipman et al. 2023, arXiv 2210.02747) on straight lines
-from noise to data is ours: the target is one line, and a few steps of a second-order solver do.
+from noise to data is ours: the target is one subtraction, and a few midpoint steps suffice.
 
     f_tau = (1 - tau) eps + tau f,   target velocity f - eps,   tau in [0, 1] from noise to data
 """
@@ -17,22 +17,22 @@ FREQUENCIES = 16
 
 
 class DiffLoss(nn.Module):
-    """The head: its forward is the loss of tokens f given c, its `velocity` is v(f_tau, tau, c)."""
+    """The head: forward is the loss of tokens f given c, `sample` draws them."""
 
-    def __init__(self, channels: int, condition: int, width: int, depth: int):
+    def __init__(self, channels: int, condition_width: int, width: int, depth: int):
         super().__init__()
         self.in_proj = nn.Linear(channels, width)
         self.time = nn.Sequential(
             nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
         )
-        self.c_proj = nn.Linear(condition, width)
+        self.c_proj = nn.Linear(condition_width, width)
         self.blocks = nn.ModuleList(AdaptiveBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulate = nn.Linear(width, 2 * width)
         self.out_proj = nn.Linear(width, channels)
         # Radians, half a turn to 64 turns. Computed on the CPU, so that all devices have the same.
-        rate = math.pi * torch.logspace(0, 7, FREQUENCIES, base=2, dtype=torch.float32)
-        self.register_buffer("rate", rate, persistent=False)
+        frequency = math.pi * torch.logspace(0, 7, FREQUENCIES, base=2, dtype=torch.float32)
+        self.register_buffer("frequency", frequency, persistent=False)
         for layer in (self.modulate, self.out_proj):  # start from a velocity of zero, as DiT does
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -54,12 +54,25 @@ class DiffLoss(nn.Module):
 
         cond is `c_proj(c)`: a sampler computes it once, it is the same at every solver step.
         """
-        y = F.silu(self.time(fourier(tau, self.rate)) + cond)  # (..., width)
+        y = F.silu(self.time(fourier(tau, self.frequency)) + cond)  # (..., width)
         x = self.in_proj(f_tau)
         for block in self.blocks:
             x = block(x, y)
         shift, scale = self.modulate(y).chunk(2, dim=-1)
         return self.out_proj(torch.addcmul(shift, self.norm(x), 1 + scale))
+
+    def sample(self, c, eps, steps: int, solver: str = "midpoint", weights=(1.0,)):
+        """Draw tokens (B, k, C) from noise eps (B, k, C), given c (n*B, k, D), branch after branch.
+
+        The velocity is the sum of the n branches' velocities, each times its weight.
+        """
+        cond = self.c_proj(c).unflatten(0, (len(weights), -1))  # (n, B, k, width)
+
+        def velocity(x, tau):
+            v = self.velocity(x, x.new_full((1,), tau), cond).float()  # (n, B, k, C)
+            return sum(weight * branch for weight, branch in zip(weights, v))
+
+        return solve(velocity, eps, steps, solver)
 
 
 class AdaptiveBlock(nn.Module):
@@ -74,13 +87,14 @@ class AdaptiveBlock(nn.Module):
         nn.init.zeros_(self.modulate.bias)
 
     def forward(self, x, y):
+        """x (..., width), y (..., width) time and condition -> (..., width)."""
         shift, scale, gate = self.modulate(y).chunk(3, dim=-1)
         return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.norm(x), 1 + scale)))
 
 
-def fourier(tau, rate):
-    """tau (...,) in [0, 1], rate (F,) in radians -> (..., 2 F) in [-1, 1]: sines and cosines."""
-    phase = tau.float().unsqueeze(-1) * rate
+def fourier(tau, frequency):
+    """tau (...,) in [0, 1], frequency (F,) radians -> (..., 2 F) in [-1, 1]: sines, cosines."""
+    phase = tau.float().unsqueeze(-1) * frequency
     return torch.cat([phase.sin(), phase.cos()], dim=-1)
 
 

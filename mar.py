@@ -1,7 +1,8 @@
 """The masked transformer, and pure functions: which tokens are masked, and when each is drawn.
 
 Masked autoregression on continuous tokens after MAR (Li et al. 2024, arXiv 2406.11838).
-B clips of T frames of N tokens of C channels; model width D; K tokens asked for in each clip.
+B clips of T frames of N tokens of C channels; model width D; K tokens of each clip are asked for:
+in training the masked ones, in sampling those of one step.
 """
 
 import math
@@ -14,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 class MAR(nn.Module):
-    """c = MAR(u), bidirectional in a frame. The canvas stands where MAR has a uniform [MASK]."""
+    """c = MAR(u), bidirectional in a frame; the canvas makes MAR's uniform [MASK] non-uniform."""
 
     def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int):
         super().__init__()
         self.embed = nn.Linear(channels, width)  # E
-        self.temporal = nn.Linear(width, width)  # P
+        self.z_t_proj = nn.Linear(width, width)  # P
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.position = nn.Parameter(0.02 * torch.randn(grid**2, width))
         self.blocks = nn.ModuleList(Block(width, heads, grid) for _ in range(depth))
@@ -28,12 +29,12 @@ class MAR(nn.Module):
     def forward(self, f, masked, z_t, z_s, index):
         """Return c (B, K, D) of the tokens `index` (B, K), counted within the T*N of their clip.
 
-        f (B, T, N, C), masked (B, T, N) bool, z_t and z_s (B, T, N, D). f is not read where masked.
+        f (B, T, N, C), finite but without meaning where masked (B, T, N); z_t, z_s (B, T, N, D).
         """
-        masked = masked[..., None]  # (B, T, N, 1)
-        known = self.embed(f.masked_fill(masked, 0))  # (B, T, N, D)  E f
-        u = torch.where(masked, self.mask_token + z_s, known)  # (B, T, N, D)  a non-uniform mask
-        u = u + self.position + self.temporal(z_t)  # (B, T, N, D)
+        # The canvas is said to replace the mask token. Ours: it is added to it, so that a dropped
+        # canvas, which is zero, leaves MAR's uniform [MASK].
+        u = torch.where(masked[..., None], self.mask_token + z_s, self.embed(f))  # (B, T, N, D)
+        u = u + self.position + self.z_t_proj(z_t)  # (B, T, N, D)
         u = u.flatten(0, 1)  # (B*T, N, D)
         *blocks, last = self.blocks
         for block in blocks:
@@ -63,10 +64,10 @@ class Block(nn.Module):
         )
 
     def forward(self, x, *args, index=None):
-        """Return the block's output (B, L, D); `args` go to the attention.
+        """Return (B, L, D), or with `index` (G, K) only those tokens, (G, K, D).
 
-        index (G, K): run the MLP on, and return, these tokens only, (G, K, D), each row counted
-        within the B / G rows of x that make up a clip. Of the last block nothing else is needed.
+        `args` go to the attention. `index` is for the last block: x holds the frames of G clips,
+        B / G rows each; the MLP runs on K tokens of each clip, counted over its frames.
         """
         if self.recompute and torch.is_grad_enabled():
             options = dict(use_reentrant=False, preserve_rng_state=False)
@@ -110,7 +111,7 @@ def gather_tokens(x, index):
 def mask_ratio(u):
     """u in [0, 1] -> share of masked tokens in [0, 1], cos(pi/2 u).
 
-    Ours, the paper's law is not known. Of a uniform u it reaches every ratio that sampling visits;
+    Ours, the paper's law is not known. For uniform u it covers every ratio that sampling visits;
     MAR's own law (at least 0.7) never trains the last steps of a frame. What a frame gets in the
     end also depends on its clip: see `choose_masked`.
     """
@@ -150,8 +151,8 @@ def reveal_schedule(tokens: int, steps: int, order: str) -> list[int]:
     known, schedule = 0, []
     for s in range(1, steps + 1):
         angle = math.pi / 2 * s / steps
-        share = 1 - math.cos(angle) if order == "random" else math.sin(angle)
-        known = max(known + 1, round(tokens * share))
+        fraction = 1 - math.cos(angle) if order == "random" else math.sin(angle)
+        known = max(known + 1, round(tokens * fraction))
         known = tokens if s == steps else min(known, tokens - (steps - s))
         schedule.append(known)
     return schedule

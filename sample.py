@@ -11,13 +11,12 @@ frame comes about).
 import os
 from dataclasses import dataclass
 
-from support import config  # before torch: it says how threads wait
+from support import config  # first: it sets how OpenMP's threads wait, which torch reads
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from canvas import Cache, CanvasMAR, clip_generator
-from diffloss import solve
+from canvas import Cache, CanvasMAR, clip_generator, to_device
 from mar import gather_tokens, motion_order, random_order, reveal_schedule
 from support import data, pictures, runs, storage
 from support.config import UserError
@@ -64,7 +63,7 @@ def generate_frame(model, z_t, prev, opts, streams) -> Frame:
         order = motion_order(f_hat, prev, order_noise)  # (B, N)
     else:
         order = random_order(order_noise)
-    weights, z_t, z_s = guidance(model, z_t, z_s, opts.cfg_temporal, opts.cfg_canvas)
+    weights, z_ts, z_ss = guidance_branches(model, z_t, z_s, opts.cfg_temporal, opts.cfg_canvas)
     n = len(weights)  # branches, as one batch (n*B, 1, N, D)
 
     f, known = torch.zeros_like(prev), torch.zeros_like(order, dtype=torch.bool)
@@ -72,48 +71,28 @@ def generate_frame(model, z_t, prev, opts, streams) -> Frame:
     for count in reveal_schedule(N, opts.steps, opts.order):
         index = order[:, done:count]  # (B, k)  the tokens of this step
         branch_f, masked = f.repeat(n, 1, 1)[:, None], ~known.repeat(n, 1)[:, None]
-        c = model.mar(branch_f, masked, z_t, z_s, index.repeat(n, 1))  # (n*B, k, D)
-        velocity = guided(model.head, c, weights)
-        new = solve(velocity, gather_tokens(eps, index), opts.solver_steps, opts.solver)
+        c = model.mar(branch_f, masked, z_ts, z_ss, index.repeat(n, 1))  # (n*B, k, D)
+        noise = gather_tokens(eps, index)  # (B, k, C)
+        new = model.head.sample(c, noise, opts.solver_steps, opts.solver, weights)  # (B, k, C)
         f = f.scatter(1, index[..., None].expand_as(new), new)
         known, done = known.scatter(1, index, True), count
         steps.append(f if f_hat is None else torch.where(known[..., None], f, f_hat))
     return Frame(f, f_hat, steps)
 
 
-def guidance(model, z_t, z_s, w_t: float, w_s: float):
+def guidance_branches(model, z_t, z_s, w_t: float, w_s: float):
     """v = v(0,0) + w_t [v(z_t,0) - v(0,0)] + w_s [v(z_t,z_s) - v(z_t,0)], reported as Eq. 9.
 
-    z_t, z_s (B, N, D) -> the weights of the n branches whose weight is not zero, and the
-    conditions of these branches, (n*B, 1, N, D). w_t = w_s = 1 leaves one branch, w_t = w_s two.
+    A dropped z_t is model.null, a dropped z_s zero. z_t, z_s (B, N, D) -> the weights of the n
+    branches whose weight is not zero, and their conditions, (n*B, 1, N, D) each. w_t = w_s = 1
+    leaves one branch, w_t = w_s two.
     """
     null, zero = model.null.to(z_t.dtype).expand_as(z_t), torch.zeros_like(z_s)
-    w_s = w_s if model.canvas else w_t  # the baseline has no canvas to drop
+    w_s = w_t if model.canvas is None else w_s  # the baseline has no canvas to drop
+    # The same sum, branch by branch: w_s v(z_t,z_s) + (w_t - w_s) v(z_t,0) + (1 - w_t) v(0,0).
     branches = ((w_s, z_t, z_s), (w_t - w_s, z_t, zero), (1 - w_t, null, zero))
     weights, z_ts, z_ss = zip(*(branch for branch in branches if branch[0] != 0))
     return weights, torch.cat(z_ts)[:, None], torch.cat(z_ss)[:, None]
-
-
-def guided(head, c, weights):
-    """Return the velocity function of a set of tokens: x (B, k, C), tau -> v (B, k, C).
-
-    c (n*B, k, D), branch after branch.
-    """
-    cond = head.c_proj(c).unflatten(0, (len(weights), -1))  # (n, B, k, width)
-
-    def velocity(x, tau):
-        v = head.velocity(x, x.new_full((1,), tau), cond).float()  # (n, B, k, C)
-        return sum(weight * branch for weight, branch in zip(weights, v))
-
-    return velocity
-
-
-def to_device(rows, device):
-    """Stack rows drawn on the CPU, so that all devices get the same; a GPU does not wait."""
-    stacked = torch.stack(rows)
-    if device.type == "cuda":
-        return stacked.pin_memory().to(device, non_blocking=True)
-    return stacked.to(device)
 
 
 # ------------------------------------------------------------------------------------ videos
@@ -139,11 +118,11 @@ def continue_clips(model, tokenizer, context, opts, seed, clips, progress=False)
 
 
 def write_samples(
-    out, cfg, model, tokenizer, videos, has_truth, seed, batch, device, progress=True
+    out, cfg, model, tokenizer, videos, seed, device, has_truth=True, batch=64, progress=True
 ):
     """Continue each of `videos` (clips, >= context, 3, H, W) in [-1, 1]; write all into `out`.
 
-    Returns the names of the files that were written.
+    Returns the names of the written files, as the end of a sentence.
     """
     out, opts = storage.make_folder(out), cfg.sample
     samples, first = [], None
@@ -197,8 +176,9 @@ def main():
         source = data.open_source(cfg.data, cfg.seed, "test", opts.frames, index)
         videos = torch.stack([source.clip(i) for i in data.evenly_spaced(source, opts.clips)])
     out = storage.make_folder(args.out or folder / "samples")
-    truth = not args.video
-    names = write_samples(out, cfg, model, tokenizer, videos, truth, seed, args.batch, device)
+    names = write_samples(
+        out, cfg, model, tokenizer, videos, seed, device, has_truth=not args.video, batch=args.batch
+    )
     print(f"wrote {names} to {out}")
 
 

@@ -21,6 +21,7 @@ class Tokenizer(nn.Module):
     """
 
     def __init__(self, cfg):
+        """cfg: the `tokenizer` section of the configuration."""
         super().__init__()
         self.cfg, levels = cfg, int(math.log2(cfg.stride))
         widths = [min(cfg.width * 2**i, 8 * cfg.width) for i in range(levels)]
@@ -89,7 +90,8 @@ class Tokenizer(nn.Module):
         """Hash weights and statistics: a model needs the tokenizer that it was trained on."""
         digest = hashlib.sha256()
         for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+            value = value.detach().cpu().contiguous().view(torch.uint8)
+            digest.update(name.encode() + value.numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -105,4 +107,5 @@ class Residual(nn.Module):
 
 
 def norm_act_conv(width: int, out: int):
+    """(B, width, h, w) -> (B, out, h, w), as three modules."""
     return nn.GroupNorm(math.gcd(8, width), width), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1)

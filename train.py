@@ -12,11 +12,11 @@ import contextlib
 import copy
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from support import config  # before torch: it says how threads wait
+from support import config  # first: it sets how OpenMP's threads wait, which torch reads
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -32,6 +32,7 @@ from tokenizer import Tokenizer
 
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 HELD_OUT = 32  # test clips behind the validation figures
+PREVIEW = 6  # of them in a preview
 
 
 def main():
@@ -78,7 +79,7 @@ def draw_samples(cfg, machine, model, tokenizer, test):
     indices = data.evenly_spaced(test, cfg.sample.clips)
     clips = torch.stack([test.clip(i)[: cfg.sample.frames] for i in indices])
     out, curves = Path(cfg.run) / "samples", Path(cfg.run) / "curves.png"
-    sample.write_samples(out, cfg, model, tokenizer, clips, True, cfg.seed, 64, machine.device)
+    sample.write_samples(out, cfg, model, tokenizer, clips, cfg.seed, machine.device)
     print(f"done: samples and pictures are in {out}, curves in {curves}")
 
 
@@ -91,8 +92,8 @@ class Stage:
 
     kind: str  # "tokenizer-training" or "model", as written in its checkpoints
     prefix: str  # of the names of its checkpoints
-    net: nn.Module  # forward(*args) -> (loss, logs)
-    args: Callable  # (clips, positions) -> the arguments of forward
+    net: nn.Module  # forward(*inputs) -> (loss, logs)
+    inputs: Callable  # (clips, positions) -> the arguments of forward
     steps: int
     batch: int
     accumulate: int
@@ -110,53 +111,52 @@ def train_tokenizer(cfg: Config, machine: Machine, source, held_out) -> Tokenize
     net = Tokenizer(t).to(machine.device, memory_format=torch.channels_last)
     shape = (cfg.data.frames, t.channels, cfg.grid, cfg.grid)
 
-    def args(clips, positions):
+    def inputs(clips, positions):
         streams = [clip_generator(cfg.seed, p, machine.device) for p in positions]
         noise = [torch.randn(shape, generator=g, device=g.device) for g in streams]
         return clips.flatten(0, 1), torch.cat(noise)
 
     def preview(ema, step):
         x = held_out[:, 0].to(machine.device)
-        x_hat = ema.decode(ema.encode(x)[:, None])[:, 0]
+        x_hat = ema.decode(ema.encode(x))
         rows = [list(to_uint8(x[:12])), list(to_uint8(x_hat[:12]))]
         path = runs.picture_path(cfg, f"tokenizer_{step:06d}.png")
         pictures.figure(rows, [], ["frame", "through VAE"], path)
         return {"held_out_psnr": -10 * math.log10((x_hat - x).square().mean().item() / 4)}
 
-    def finish():
-        stream = data.Stream(source, cfg.seed)
+    def finish(average):
+        stream = data.Stream(source, cfg.seed)  # of its first 256 clips, 16 at once
         batches = (torch.stack([stream[16 * i + j][0] for j in range(16)]) for i in range(16))
-        net.measure_statistics(x.to(machine.device) for x in batches)
-        runs.save_tokenizer(net, file)
+        average.measure_statistics(x.to(machine.device) for x in batches)
+        runs.save_tokenizer(average, file)
         runs.adopt_tokenizer(cfg)
 
     kind, prefix = "tokenizer-training", "tokenizer_"
-    stage = Stage(kind, prefix, net, args, t.steps, t.batch, 1, t.lr, preview, {})
-    net = fit(cfg, machine, source, stage)
-    machine.on_rank0(finish)
+    stage = Stage(kind, prefix, net, inputs, t.steps, t.batch, 1, t.lr, preview, {})
+    average = fit(cfg, machine, source, stage)
+    machine.on_rank0(lambda: finish(average))
     return runs.load_tokenizer(file, machine.device, expect=t)
 
 
 def train_model(cfg: Config, machine: Machine, source, held_out, tokenizer) -> CanvasMAR:
     """Train CanvasMAR on latents that are encoded as needed; return the averaged model."""
     torch.manual_seed(cfg.seed)
-    device, opts = machine.device, replace(cfg.sample, clips=6)
+    device, opts = machine.device, cfg.sample
     model = runs.build_model(cfg).to(device)
     with torch.no_grad(), autocast(device, cfg.train.precision):  # as the sampler encodes
         latents = tokenizer.encode(held_out[:, : cfg.data.frames].to(device))
     encode = torch.compile(tokenizer.encode) if compiles(cfg, device) else tokenizer.encode
 
-    def args(clips, positions):
+    def inputs(clips, positions):
         with torch.no_grad(), autocast(device, cfg.train.precision):
             f = encode(clips)
         streams = [clip_generator(cfg.seed, p, device) for p in positions]
         return f, model.draw(streams, cfg.data.frames)
 
     def preview(ema, step):
-        context = held_out[: opts.clips, : opts.context].to(device)
-        clips = range(opts.clips)
+        context, clips = held_out[:PREVIEW, : opts.context].to(device), range(PREVIEW)
         video, first = sample.continue_clips(ema, tokenizer, context, opts, cfg.seed, clips)
-        video, truth = to_uint8(video), to_uint8(held_out[: opts.clips, : opts.frames])
+        video, truth = to_uint8(video), to_uint8(held_out[:PREVIEW, : opts.frames])
         grid, steps = (runs.picture_path(cfg, f"{n}_{step:06d}.png") for n in ("grid", "steps"))
         pictures.draw_grid(video, truth, opts.context, grid)
         pictures.draw_steps(first, tokenizer, video, truth, opts.context, steps)
@@ -164,7 +164,7 @@ def train_model(cfg: Config, machine: Machine, source, held_out, tokenizer) -> C
 
     t = cfg.train
     extra = {"tokenizer": tokenizer.fingerprint(), "vae": runs.pack_tokenizer(tokenizer)}
-    stage = Stage("model", "", model, args, t.steps, t.batch, t.accumulate, t.lr, preview, extra)
+    stage = Stage("model", "", model, inputs, t.steps, t.batch, t.accumulate, t.lr, preview, extra)
     return fit(cfg, machine, source, stage)
 
 
@@ -177,30 +177,39 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
     What decides the future is in the checkpoint (weights, average, optimizer, step) or follows from
     (seed, position).
     """
-    t, device, net, a = cfg.train, machine.device, stage.net, stage.accumulate
+    t, device, net = cfg.train, machine.device, stage.net
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = make_optimizer(net, stage.lr, t.weight_decay, device)
-    first = runs.resume(cfg, machine, source, stage, ema, optimizer)
-    wrapped = torch.compile(net) if compiles(cfg, device) else net
+    done = runs.resume(cfg, machine, source, stage, ema, optimizer)
+    wrapped = torch.compile(net) if compiles(cfg, device) else net  # inside DDP: one graph
     if machine.ranks > 1:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=ids)
-    rest, process = (first * a, stage.steps * a), (machine.rank, machine.ranks)
-    workers, pin = cfg.data.workers, device.type == "cuda"
-    loader = data.loader(source, cfg.seed, stage.batch, *rest, *process, workers, pin)
+    loader = data.loader(
+        source,
+        cfg.seed,
+        stage.batch,
+        first=done * stage.accumulate,  # goes on where the checkpoint was
+        last=stage.steps * stage.accumulate,
+        rank=machine.rank,
+        ranks=machine.ranks,
+        workers=cfg.data.workers,
+        pin=device.type == "cuda",
+    )
     batches = iter(loader)
     bad = torch.zeros((), dtype=torch.long, device=device)  # the first step that was not finite
     net.train()
-    with progress(machine, stage, first) as advance:
-        for step in range(first + 1, stage.steps + 1):
+    with progress(machine, stage, done) as advance:
+        for step in range(done + 1, stage.steps + 1):
             for group in optimizer.param_groups:
-                group["lr"] = group["scale"] * stage.lr * lr_share(step, t.warmup, stage.steps)
+                group["lr"] = group["scale"] * stage.lr * lr_factor(step, t.warmup, stage.steps)
             loss, logs = backward(cfg, machine, stage, wrapped, batches)
             norm = update(net, ema, optimizer, t.clip, ema_decay(step, t.ema))
             bad = torch.where((bad == 0) & ~torch.isfinite(loss + norm), step, bad)
             logs |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
             stop = machine.all_reduce_max(machine.stopped)
-            advance(after_step(cfg, machine, stage, ema, optimizer, step, logs, bad, stop))
+            line = after_step(cfg, machine, stage, ema, optimizer, step, logs, bad, stop)
+            advance(line)
             if stop:
                 if machine.rank == 0:
                     log(f"stopped at step {step} of {stage.steps}; the same command goes on")
@@ -209,10 +218,10 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
 
 
 @contextlib.contextmanager
-def progress(machine, stage, first):
+def progress(machine, stage, done):
     """Show a bar; yield a function that moves it by a step and shows the figures of a log line."""
     name, silent = stage.kind.split("-")[0], machine.rank > 0
-    bar = tqdm(total=stage.steps, initial=first, desc=name, unit="step", disable=silent)
+    bar = tqdm(total=stage.steps, initial=done, desc=name, unit="step", disable=silent)
 
     def advance(line):
         with contextlib.suppress(OSError):  # nobody looks any more
@@ -250,25 +259,27 @@ def after_step(cfg, machine, stage, ema, optimizer, step, logs, bad, stop) -> di
 def backward(cfg, machine, stage, wrapped, batches):
     """Add up the gradients of `accumulate` batches, so that they equal those of one large batch.
 
-    Returns their mean loss and the logs of the last.
+    Returns the means of their losses and logs.
     """
-    total = 0.0
+    mean = {}
     for part in range(stage.accumulate):
         clips, positions = next(batches)
-        args = stage.args(clips.to(machine.device, non_blocking=True), positions.tolist())
+        clips = clips.to(machine.device, non_blocking=True)
+        inputs = stage.inputs(clips, positions.tolist())
         if machine.ranks > 1:
             wrapped.require_backward_grad_sync = part == stage.accumulate - 1
         with autocast(machine.device, cfg.train.precision):
-            loss, logs = wrapped(*args)
+            loss, logs = wrapped(*inputs)
         (loss / stage.accumulate).backward()
-        total = total + loss.detach() / stage.accumulate
-    return total, logs
+        for name, value in {"total": loss.detach(), **logs}.items():
+            mean[name] = mean.get(name, 0.0) + value / stage.accumulate
+    return mean.pop("total"), mean
 
 
 def make_optimizer(net, lr, weight_decay, device):
-    """AdamW; matrices and convolutions decay, vectors do not.
+    """AdamW; tensors of two or more dimensions decay, vectors do not.
 
-    A parameter may have a share of the learning rate of its own, its attribute `lr_scale`.
+    A parameter may have a factor on its learning rate, its attribute `lr_scale`.
     """
     groups = {}
     for p in sorted(net.parameters(), key=lambda p: p.dim() < 2):
@@ -281,8 +292,8 @@ def make_optimizer(net, lr, weight_decay, device):
     return torch.optim.AdamW(parts, lr=lr, betas=(0.9, 0.95), fused=fused)
 
 
-def lr_share(step: int, warmup: int, steps: int) -> float:
-    """Share of the peak learning rate at step 1..steps.
+def lr_factor(step: int, warmup: int, steps: int) -> float:
+    """Return the factor on the peak learning rate at step 1..steps.
 
     Linear warm-up (a quarter of a short run), then cosine decay to 0.
     """
@@ -293,7 +304,7 @@ def lr_share(step: int, warmup: int, steps: int) -> float:
 
 
 def ema_decay(step: int, decay: float) -> float:
-    """Decay of the average at step 1, 2, ...: (1 + step) / (10 + step) until it reaches `decay`.
+    """Return the decay of the average at step 1, 2, ...: (1 + step) / (10 + step), up to `decay`.
 
     So early samples do not show the initial weights.
     """

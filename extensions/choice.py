@@ -1,11 +1,11 @@
 """Ours, not the paper's: a canvas that chooses one future. On where `choice.latent` is above 0.
 
-The paper's canvas is the mean over futures, so it cannot tell tokens that are drawn in one step
-which future to show. A latent w (B, T, L) tells it:
+The paper's canvas averages over futures, so tokens that are drawn in one step cannot agree on one.
+A latent w (B, T, L), one a frame, makes the choice:
 
     training   w = q(frame, frame before) + noise. The canvas is predicted from (z_t + E w, prev) by
-               the same L2 loss, for some frames without w: otherwise z_t need not say what is
-               likely, and the prior finds nothing in it.
+               the same L2 loss; for some frames without w, or z_t need not predict what is likely
+               and the prior has nothing to go by.
     sampling   w ~ p(w | z_t), once a frame, by a DiffLoss of its own; q is not called.
 
 configs/choice.yaml holds the settings, docs/CHOICE.md what they are good for.
@@ -17,10 +17,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from canvas import CanvasMAR, Draws, per_clip
-from diffloss import DiffLoss, solve
+from canvas import CanvasMAR, Draws, per_clip, to_device
+from diffloss import DiffLoss
 from mar import Block
-from sample import guided, to_device
 
 REPEAT = 8  # R, draws of the prior's loss a frame: one small vector where a frame has many tokens
 HIDDEN = 256
@@ -49,7 +48,7 @@ class ChoosingCanvasMAR(CanvasMAR):
         self.set_recompute(cfg.train.recompute)
 
     def predict_canvas(self, z_t, prev, target=None, draws=None, generators=None):
-        """As of CanvasMAR; the further losses are w's size (`kl`) and the prior's loss (`prior`).
+        """As of CanvasMAR; further losses: choice.weight times the KL of w (`kl`), and `prior`.
 
         The prior's loss trains the prior alone: its gradient stops at w and z_t.
         """
@@ -59,11 +58,11 @@ class ChoosingCanvasMAR(CanvasMAR):
         clean_prev = torch.cat([prev[:, :1], target[:, :-1]], dim=1)
         mu = self.posterior(torch.cat([target, target - clean_prev], dim=-1))  # (B, T, L)
         w = mu + self.choice.noise * draws.w_noise
-        known = torch.where(draws.drop_temporal, self.null.to(z_t.dtype), z_t).detach()
+        kept = torch.where(draws.drop_temporal, self.null.to(z_t.dtype), z_t).detach()
         extra = {
             # The KL divergence of w from a standard normal, up to a constant: nats a dimension.
             "kl": self.choice.weight * (0.5 * mu.float().square().mean()),
-            "prior": self.prior(w.detach(), self.read(known), draws.w_tau, draws.w_eps).mean(),
+            "prior": self.prior(w.detach(), self.read(kept), draws.w_tau, draws.w_eps).mean(),
         }
         hint = self.embed_w(w) * draws.w_shown[..., None]  # (B, T, D)
         z_s, f_hat, _ = super().predict_canvas(z_t + hint.unsqueeze(-2), prev)
@@ -75,8 +74,8 @@ class ChoosingCanvasMAR(CanvasMAR):
         eps = to_device([torch.randn(o.latent, generator=g) for g in generators], z_t.device)
         branches = [(weight, z) for weight, z in ((o.cfg, z_t), (1 - o.cfg, null)) if weight]
         weights, z = zip(*branches)
-        velocity = guided(self.prior, self.read(torch.cat(z)), weights)
-        return solve(velocity, o.temperature * eps, o.solver_steps)
+        c = self.read(torch.cat(z))  # (n*B, HIDDEN)
+        return self.prior.sample(c, o.temperature * eps, o.solver_steps, weights=weights)
 
     def draw(self, generators, frames, ratio=None):
         draws, o = super().draw(generators, frames, ratio), self.choice

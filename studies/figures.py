@@ -1,4 +1,9 @@
-"""The figures and tables of `evidence.py`, each drawn from the rows of its JSON file. Points are means over training seeds, bars their standard deviation."""
+"""The figures and tables of `studies/evidence.py`, each drawn from the rows of its JSON file.
+
+Points are means over training seeds, bars their standard deviation.
+"""
+
+from functools import partial
 
 import numpy as np
 
@@ -11,20 +16,20 @@ TITLES = {
     "spread_first": "spread of positions in the first frame over the real one",
     "spread": "spread of end positions over the real one",
     "end_error": "error of the end position, best of the samples, table widths",
+    "lost": "frames without the gripper",
+    "ends_lost": "last frames without the gripper",
 }
-TITLES |= {"lost": "frames without the gripper", "ends_lost": "last frames without the gripper"}
+MARKED = {"marker": "o", "markersize": 3}
 
 
 def over_seeds(rows, *keys) -> dict:
-    """{values of the keys: {score: array of its values over the training seeds}}."""
+    """Return {values of the keys: {score: array of its values over the training seeds}}."""
     found = {}
     for row in rows:
-        cell = found.setdefault(
-            tuple(row[k] for k in keys),
-            {name: [] for name in ("flops", "floor", "right_by_frame", *TITLES)},
-        )
-        for name, values in cell.items():
-            values.append(np.nan if row.get(name) is None else row[name])  # older rows lack some
+        cell = found.setdefault(tuple(row[key] for key in keys), {})
+        for name in ("flops", "floor", "right_by_frame", *TITLES):
+            value = row.get(name)  # rows of earlier plans lack some
+            cell.setdefault(name, []).append(np.nan if value is None else value)
     return {
         key: {name: np.array(values) for name, values in cell.items()}
         for key, cell in found.items()
@@ -32,363 +37,252 @@ def over_seeds(rows, *keys) -> dict:
 
 
 def deviation(values):
-    """Standard deviation over seeds."""
+    """Return the standard deviation over seeds, the first axis; 0 of one seed."""
     return values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
 
 
 def mean(values, sign="") -> str:
-    """Mean ± standard deviation over seeds, to two digits of the latter; of one seed its value; nothing where one is missing."""
+    """Format mean ± standard deviation over seeds to two digits of the latter; "" with a NaN."""
     if np.isnan(values).any():
         return ""
-    digits = 1 - int(np.floor(np.log10(deviation(values)))) if deviation(values) > 1e-9 else 3
-    return (
-        f"{values.mean():{sign}.{max(0, digits)}f}"
-        + f" ± {deviation(values):.{max(0, digits)}f}" * (len(values) > 1)
-    )
+    digits = 3
+    if deviation(values) > 1e-9:
+        digits = max(0, 1 - int(np.floor(np.log10(deviation(values)))))
+    spread = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.{digits}f}{spread}"
+
+
+def labelled(rows) -> list:
+    """Add the guidance in words to the rows."""
+    return [row | {"scales": f"({row['cfg_temporal']:g}, {row['cfg_canvas']:g})"} for row in rows]
+
+
+# ------------------------------------------------------------------------------------ figures
 
 
 def panels(count, columns=4):
-    """A figure of `count` axes with a grid, so many beside each other, and those axes in a row."""
+    """Return a figure of `count` axes with a grid, `columns` beside each other, and the axes."""
     from matplotlib.figure import Figure
 
-    down = -(-count // columns)
-    fig = Figure(figsize=(4 * min(count, columns), 3.3 * down), layout="constrained")
-    axes = np.atleast_1d(fig.subplots(down, min(count, columns))).ravel()
+    down, across = -(-count // columns), min(count, columns)
+    fig = Figure(figsize=(4 * across, 3.3 * down), layout="constrained")
+    axes = np.atleast_1d(fig.subplots(down, across)).ravel()
     for ax in axes:
         ax.grid(alpha=0.3)
     return fig, axes
 
 
-def against(ax, cells, name, x=None):
-    """A line for each key but its last part, which is the horizontal axis, or else the score x is. Bars: deviation over seeds."""
-    arms = list(dict.fromkeys(key[0] for key in cells))
-    for line in dict.fromkeys(key[:-1] for key in cells):
-        points = sorted(
-            (values[x].mean() if x else key[-1], values[name].mean(), deviation(values[name]))
-            for key, values in cells.items()
-            if key[:-1] == line
-        )
-        style = {
-            "color": f"C{arms.index(line[0])}",
-            "linestyle": ":" if line[1:] == ("(1, 1)",) else "-",
-        }
-        ax.errorbar(
-            *zip(*points),
-            label=" ".join(map(str, line)),
-            marker="o",
-            markersize=3,
-            linewidth=1,
-            capsize=2,
-            **style,
-        )
-    (
-        ax.set_xscale("log"),
-        ax.set_title(TITLES[name], fontsize=9),
-        ax.set_xlabel("FLOPs a frame" if x else "spatial steps S"),
-    )
+def label(ax, xlabel, title):
+    ax.set_xlabel(xlabel)
+    ax.set_title(title, fontsize=9)
+
+
+def save(fig, ax, path, fontsize=7):
+    """Write the figure, with the legend of one of its axes."""
+    ax.legend(fontsize=fontsize)
+    fig.savefig(path, dpi=110)
+
+
+def line(ax, name, points, **style):
+    """Draw the mean and the deviation of [(x, values over seeds)]."""
+    x, values = zip(*sorted(points, key=lambda point: point[0]))
+    means, bars = [v.mean() for v in values], [deviation(v) for v in values]
+    ax.errorbar(x, means, bars, label=name, linewidth=1, capsize=2, **style)
+
+
+def draw_scores(rows, path, names, by=("arm", "scales"), against=("steps", "flops"), fontsize=6):
+    """Draw a panel for each score, against spatial steps and, below, cost; a line for each `by`."""
+    cells = over_seeds(rows, *by, "steps")
+    fig, axes = panels(len(against) * len(names))
+    for ax, (x, name) in zip(axes, ((x, name) for x in against for name in names)):
+        draw_score(ax, cells, name, x)
+    save(fig, axes[0], path, fontsize)
+
+
+def draw_score(ax, cells, name, x):
+    """Draw a score of cells {(arm, ..., S): ...} against x, "steps" or "flops"."""
+    arms, lines = list(dict.fromkeys(key[0] for key in cells)), {}
+    for (*what, s), cell in cells.items():
+        at = s if x == "steps" else cell["flops"].mean()
+        lines.setdefault(tuple(what), []).append((at, cell[name]))
+    for what, points in lines.items():
+        style = ":" if what[1:] == ("(1, 1)",) else "-"
+        color = f"C{arms.index(what[0])}"
+        line(ax, " ".join(what), points, color=color, linestyle=style, **MARKED)
+    ax.set_xscale("log")
+    label(ax, "spatial steps S" if x == "steps" else "FLOPs a frame", TITLES[name])
     if name == "frechet":
-        (
-            ax.set_yscale("log"),
-            ax.axhline(
-                np.mean([values["floor"].mean() for values in cells.values()]),
-                color="grey",
-                linestyle=":",
-                linewidth=1,
-            ),
-        )
-        (
-            ax.yaxis.set_major_formatter("{x:.3g}"),
-            ax.yaxis.set_minor_formatter("{x:.3g}"),
-            ax.tick_params(axis="y", which="both", labelsize=7),
-        )
-    if x:
-        ax.xaxis.set_minor_formatter(""), ax.tick_params(axis="x", labelsize=7)
+        ax.set_yscale("log")
+        floor = np.mean([cell["floor"].mean() for cell in cells.values()])
+        ax.axhline(floor, color="grey", linestyle=":", linewidth=1)
+        ax.yaxis.set_major_formatter("{x:.3g}")
+        ax.yaxis.set_minor_formatter("{x:.3g}")
+        ax.tick_params(axis="y", which="both", labelsize=7)
+    if x == "steps":
+        steps = sorted({key[-1] for key in cells})
+        ax.set_xticks([], minor=True)
+        ax.set_xticks(steps, map(str, steps))
     else:
-        at = sorted({key[-1] for key in cells})
-        ax.set_xticks([], minor=True), ax.set_xticks(at, map(str, at))
-
-
-def labelled(rows):
-    """The rows with their guidance in words."""
-    return [{"scales": f"({row['cfg_temporal']:g}, {row['cfg_canvas']:g})"} | row for row in rows]
-
-
-def draw_guidance(rows, path):
-    """Maps over (w_t, w_s) for the canvas, and right frames of all arms against one scale for both."""
-    cells, names = (
-        over_seeds(rows, "arm", "cfg_temporal", "cfg_canvas"),
-        ("frechet", "right", "speed"),
-    )
-    w_t, w_s = (
-        sorted({r[key] for r in rows if r["arm"] == "canvas"})
-        for key in ("cfg_temporal", "cfg_canvas")
-    )
-    fig, axes = panels(4)
-    for ax, name in zip(axes, names):
-        values = np.array([[cells["canvas", t, s][name].mean() for s in w_s] for t in w_t])
-        better = {
-            "frechet": -np.log(np.maximum(values, 1e-3)),
-            "right": values,
-            "speed": -np.abs(np.log(np.maximum(values, 1e-3))),
-        }[name]
-        ax.imshow(better, origin="lower")  # brighter is better
-        for (i, j), value in np.ndenumerate(values):
-            ax.text(
-                j,
-                i,
-                f"{value:.3g}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                bbox={"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1},
-            )
-        ax.set_xticks(range(len(w_s)), w_s), ax.set_yticks(range(len(w_t)), w_t), ax.grid(False)
-        (
-            ax.set_xlabel("w_s, canvas"),
-            ax.set_ylabel("w_t, temporal"),
-            ax.set_title(f"canvas: {TITLES[name]}", fontsize=9),
-        )
-    for arm in dict.fromkeys(r["arm"] for r in rows):
-        line = [
-            (t, cell["right"].mean(), deviation(cell["right"]))
-            for (which, t, s), cell in cells.items()
-            if which == arm and t == s
-        ]
-        axes[3].errorbar(
-            *zip(*sorted(line)), marker="o", markersize=3, linewidth=1, capsize=2, label=arm
-        )
-    (
-        axes[3].set_xlabel("w_t = w_s"),
-        axes[3].set_title(TITLES["right"], fontsize=9),
-        axes[3].legend(fontsize=7),
-    )
-    fig.savefig(path, dpi=110)
-
-
-def draw_steps(rows, path, names=("frechet", "right", "speed", "psnr")):
-    """Scores against spatial steps above, against cost below."""
-    cells = over_seeds(labelled(rows), "arm", "scales", "steps")
-    fig, axes = panels(2 * len(names))
-    for upper, lower, name in zip(axes, axes[len(names) :], names):
-        against(upper, cells, name), against(lower, cells, name, "flops")
-    axes[0].legend(fontsize=6)
-    fig.savefig(path, dpi=110)
+        ax.xaxis.set_minor_formatter("")
+        ax.tick_params(axis="x", labelsize=7)
 
 
 def draw_choice(rows, path):
-    """Scores of the arms with the whole training, each for each S at its own best scale."""
-    rows = [
-        row | {"scales": ""}
-        for row in rows
-        if row["samples"] > 1 and explain_errors(row) == row["arm"] and ":" not in row["arm"]
-    ]
+    """Draw the arms with the whole training, each for each S at its own best scale."""
+    usual = [row for row in rows if row["samples"] > 1 and explain_row(row) == row["arm"]]
     own = {
-        (row["arm"], row["seed"], row["steps"]): row
-        for row in sorted(rows, key=lambda row: row["cfg_temporal"])
-    }  # none without guidance beside it
-    draw_steps(list(own.values()), path, ("frechet", "right", "shaped", "spread"))
-
-
-def explain_errors(row) -> str:
-    """Its arm, and what else is not as in most rows of `choice`."""
-    said = {
-        "samples": "best of {} samples",
-        "choice_steps": "prior in {} steps",
-        "cfg_choice": "prior guided by {}",
-        "choice_temperature": "temperature {}",
+        (row["arm"], row["seed"], row["steps"]): row | {"scales": ""}
+        for row in sorted(usual, key=lambda row: row["cfg_temporal"])  # without guidance first
     }
-    usual = {"samples": 2, "choice_steps": 5, "cfg_choice": 1.0, "choice_temperature": 1.0}
-    return ", ".join(
-        [
-            row["arm"],
-            *(said[key].format(row[key]) for key in said if row.get(key, usual[key]) != usual[key]),
-        ]
-    )
+    draw_scores(own.values(), path, ("frechet", "right", "shaped", "spread"))
+
+
+def draw_guidance(rows, path):
+    """Draw maps over (w_t, w_s) of the canvas, and all arms against one scale for both."""
+    cells = over_seeds(rows, "arm", "cfg_temporal", "cfg_canvas")
+    pairs = [pair for arm, *pair in cells if arm == "canvas"]
+    w_t, w_s = (sorted(set(scales)) for scales in zip(*pairs))
+    fig, axes = panels(4)
+    for ax, name in zip(axes, ("frechet", "right", "speed")):
+        values = np.array([[cells["canvas", t, s][name].mean() for s in w_s] for t in w_t])
+        logs = np.log(np.maximum(values, 1e-3))
+        better = {"frechet": -logs, "right": values, "speed": -np.abs(logs)}[name]
+        ax.imshow(better, origin="lower")  # brighter is better
+        box = {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1}
+        for (i, j), value in np.ndenumerate(values):
+            ax.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=7, bbox=box)
+        ax.set_xticks(range(len(w_s)), w_s)
+        ax.set_yticks(range(len(w_t)), w_t)
+        ax.grid(False)
+        ax.set_ylabel("w_t, temporal")
+        label(ax, "w_s, canvas", f"canvas: {TITLES[name]}")
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        same = [(t, cell["right"]) for (of, t, s), cell in cells.items() if of == arm and t == s]
+        line(axes[3], arm, same, **MARKED)
+    label(axes[3], "w_t = w_s", TITLES["right"])
+    save(fig, axes[3], path)
 
 
 def draw_length(rows, path):
-    """Right frames against frame index, and scores of the whole rollouts."""
+    """Draw right frames against frame index, and scores of the whole rollouts."""
     fig, axes = panels(3)
     for (arm,), cell in over_seeds(rows, "arm").items():
-        right = cell["right_by_frame"]
-        axes[0].errorbar(
-            rows[0]["context"] + 1 + np.arange(right.shape[1]),
-            right.mean(0),
-            deviation(right),
-            label=arm,
-            linewidth=1,
-            capsize=2,
-        )
+        line(axes[0], arm, enumerate(cell["right_by_frame"].T, rows[0]["context"] + 1))
         for ax, name in zip(axes[1:], ("frechet", "speed")):
-            (
-                ax.bar(arm, cell[name].mean(), yerr=deviation(cell[name]), capsize=3),
-                ax.set_title(TITLES[name], fontsize=9),
-            )
-    (
-        axes[0].set_xlabel("frame"),
-        axes[0].set_title(TITLES["right"], fontsize=9),
-        axes[0].legend(fontsize=7),
-    )
-    fig.savefig(path, dpi=110)
+            ax.bar(arm, cell[name].mean(), yerr=deviation(cell[name]), capsize=3)
+            ax.set_title(TITLES[name], fontsize=9)
+    label(axes[0], "frame", TITLES["right"])
+    save(fig, axes[0], path)
 
 
-def draw_order(rows, path):
-    """Scores of both orders against spatial steps."""
-    cells, names = over_seeds(rows, "order", "steps"), ("frechet", "right", "speed", "spread")
-    fig, axes = panels(len(names))
-    for ax, name in zip(axes, names):
-        against(ax, cells, name)
-    axes[0].legend(fontsize=7)
-    fig.savefig(path, dpi=110)
-
-
-def draw_losses(rows, path):
-    """Held-out losses against training step and mask ratio, relative to those of the uniform mask with the same seed."""
+def draw_losses(rows, path, arms=("canvas", "uniform", "uniform, deeper")):
+    """Draw held-out losses against training step and mask ratio, over those of `uniform`."""
     fig, axes = panels(4)
-    of = {(r["arm"], r["seed"]): r for r in rows}
-    seeds, last = dict.fromkeys(seed for _, seed in of), rows[0]["end"]
-    ratios = [name for name in last if name.startswith("diffusion@")]
+    of = {(row["arm"], row["seed"]): row for row in rows if row["arm"] in arms}
+    seeds = dict.fromkeys(seed for _, seed in of)
+    names = [name for name in rows[0]["end"] if name.startswith("diffusion@")]
+    ratios = {name: float(name.split("@")[1]) for name in names}
+
+    def ends(arm):
+        return np.array([[of[arm, seed]["end"][name] for name in names] for seed in seeds])
+
+    def curves(arm, name):
+        return np.array([[point[name] for point in of[arm, seed]["curve"]] for seed in seeds])
+
     for arm in dict.fromkeys(arm for arm, _ in of):
-        curves, ends = (
-            [of[which, seed][part] for seed in seeds]
-            for which, part in ((arm, "curve"), (arm, "end"))
-        )
-        base = {part: [of["uniform", seed][part] for seed in seeds] for part in ("curve", "end")}
-        for ax, name in zip(axes, (ratios[-1], ratios[0])):
-            values = np.array(
-                [[m[name] / n[name] for m, n in zip(*pair)] for pair in zip(curves, base["curve"])]
-            )
-            ax.errorbar(
-                [m["step"] for m in curves[0]],
-                values.mean(0),
-                deviation(values),
-                label=arm,
-                marker="o",
-                markersize=3,
-                linewidth=1,
-                capsize=2,
-            )
-            (
-                ax.set_xlabel("training step"),
-                ax.set_title(
-                    f"loss at mask ratio {name.split('@')[1]}, over that of the uniform mask",
-                    fontsize=9,
-                ),
-            )
-        for ax, relative in ((axes[2], False), (axes[3], True)):
-            values = np.array(
-                [
-                    [end[name] / (b[name] if relative else 1) for name in ratios]
-                    for end, b in zip(ends, base["end"])
-                ]
-            )
-            ax.errorbar(
-                [float(name.split("@")[1]) for name in ratios],
-                values.mean(0),
-                deviation(values),
-                label=arm,
-                marker="o",
-                markersize=3,
-                linewidth=1,
-                capsize=2,
-            )
-            (
-                ax.set_xlabel("mask ratio"),
-                ax.set_title(
-                    "loss at the end" + ", over that of the uniform mask" * relative, fontsize=9
-                ),
-            )
-    axes[0].legend(fontsize=7)
-    fig.savefig(path, dpi=110)
+        steps = [point["step"] for point in next(iter(of.values()))["curve"]]
+        for ax, name in zip(axes, (names[-1], names[0])):
+            relative = curves(arm, name) / curves("uniform", name)
+            line(ax, arm, zip(steps, relative.T), **MARKED)
+            title = f"loss at mask ratio {ratios[name]}, over that of the uniform mask"
+            label(ax, "training step", title)
+        line(axes[2], arm, zip(ratios.values(), ends(arm).T), **MARKED)
+        line(axes[3], arm, zip(ratios.values(), (ends(arm) / ends("uniform")).T), **MARKED)
+    label(axes[2], "mask ratio", "loss at the end")
+    label(axes[3], "mask ratio", "loss at the end, over that of the uniform mask")
+    save(fig, axes[0], path)
+
+
+# ------------------------------------------------------------------------------------- tables
+
+
+def markdown(head, lines) -> str:
+    rule = "|" + "---|" * len(head)
+    rows = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, *lines)]
+    return "\n".join([rows[0], rule, *rows[1:], ""])
 
 
 def table(rows) -> str:
-    """Markdown, a line a cell: mean and standard deviation over the training seeds."""
+    """Return a line a cell: mean and standard deviation over the training seeds."""
     titles = {name: title for name, title in TITLES.items() if any(name in row for row in rows)}
-    head = (
-        "| arm | w_t, w_s | S | MFLOP a frame | "
-        + " | ".join(titles.values())
-        + " |\n|"
-        + "---|" * (4 + len(titles))
-        + "\n"
-    )
-    lines = []
-    for (arm, pair, s), cell in over_seeds(labelled(rows), "arm", "scales", "steps").items():
-        lines.append(
-            f"| {arm} | {pair} | {s} | {cell['flops'].mean() / 1e6:.0f} | "
-            + " | ".join(mean(cell[name]) for name in titles)
-            + " |\n"
-        )
-    return head + "".join(lines)
+    lines = [
+        (arm, pair, s, f"{cell['flops'].mean() / 1e6:.0f}", *(mean(cell[name]) for name in titles))
+        for (arm, pair, s), cell in over_seeds(labelled(rows), "arm", "scales", "steps").items()
+    ]
+    return markdown(["arm", "w_t, w_s", "S", "MFLOP a frame", *titles.values()], lines)
 
 
 def differences(rows) -> str:
-    """Markdown: the first arm less each other, seed by seed; mean and standard deviation over the training seeds."""
-    names = ("right", "frechet", "speed", "psnr", "spread")
-    cells, seeds = {}, dict.fromkeys(row["seed"] for row in rows)
+    """Return the first arm less each other, seed by seed: mean and standard deviation."""
+    names, first = ("right", "frechet", "speed", "psnr", "spread"), rows[0]["arm"]
+    cells, lines = {}, []
     for row in labelled(rows):
-        cells.setdefault(
-            (row["arm"], "none" if row["scales"] == "(1, 1)" else "own best", row["steps"]), {}
-        )[row["seed"]] = row
-    first = rows[0]["arm"]
-    head = (
-        "| less | guidance | S | "
-        + " | ".join(TITLES[name] for name in names)
-        + " |\n|"
-        + "---|" * (3 + len(names))
-        + "\n"
-    )
-    lines = []
-    for (arm, guidance, s), cell in cells.items():
-        if arm != first and (own := cells.get((first, guidance, s))):
-            less = {
-                name: np.array([own[seed][name] - cell[seed][name] for seed in seeds])
-                for name in names
-            }
-            lines.append(
-                f"| {arm} | {guidance} | {s} | "
-                + " | ".join(mean(v, "+") for v in less.values())
-                + " |\n"
-            )
-    return (
-        f"\n{first} less the other arms, each pair trained with the same seed:\n\n{head}"
-        + "".join(lines)
-    )
+        guidance = "none" if row["scales"] == "(1, 1)" else "own best"
+        cells.setdefault((row["arm"], guidance, row["steps"]), {})[row["seed"]] = row
+    for (arm, *where), cell in cells.items():
+        if arm != first and (own := cells.get((first, *where))):
+            less = [
+                np.array([own[seed][name] - cell[seed][name] for seed in own]) for name in names
+            ]
+            lines.append((arm, *where, *(mean(values, "+") for values in less)))
+    about = f"\n{first} less the other arms, each pair trained with the same seed:\n\n"
+    return about + markdown(["less", "guidance", "S", *(TITLES[name] for name in names)], lines)
 
 
 def losses_table(rows) -> str:
-    """Markdown, a line an arm: held-out losses at the end, mean and standard deviation over the training seeds."""
+    """Return a line an arm: held-out losses at the end, mean and deviation over the seeds."""
     names, ends = [name for name in rows[0]["end"] if name.startswith("diffusion@")], {}
     for row in rows:
-        ends.setdefault(row["arm"], []).append(
-            [row["end"].get(name, np.nan) for name in (*names, "canvas")]
-        )
-    head = (
-        "| arm | seeds | "
-        + " | ".join(f"diffusion loss at mask ratio {name.split('@')[1]}" for name in names)
-        + " | error of the canvas |\n"
-    )
-    lines = [
-        f"| {arm} | {len(of)} | " + " | ".join(map(mean, np.array(of).T)) + " |\n"
-        for arm, of in ends.items()
+        values = [row["end"].get(name, np.nan) for name in (*names, "canvas")]
+        ends.setdefault(row["arm"], []).append(values)
+    ratios = [f"diffusion loss at mask ratio {name.split('@')[1]}" for name in names]
+    lines = [(arm, len(of), *map(mean, np.array(of).T)) for arm, of in ends.items()]
+    return markdown(["arm", "seeds", *ratios, "error of the canvas"], lines)
+
+
+def explain_row(row) -> str:
+    """Return the arm of a row of `choice`, and what is sampled otherwise than usual there."""
+    usual = {  # value and text
+        "samples": (2, "best of {} samples"),
+        "choice_steps": (5, "prior in {} steps"),
+        "cfg_choice": (1.0, "prior guided by {}"),
+        "choice_temperature": (1.0, "temperature {}"),
+    }
+    said = [
+        text.format(row[key])
+        for key, (value, text) in usual.items()
+        if row.get(key, value) != value
     ]
-    return head + "|" + "---|" * (3 + len(names)) + "\n" + "".join(lines)
+    return ", ".join([row["arm"], *said])
 
 
-DRAWN = {
+ORDER = dict(names=("frechet", "right", "speed", "spread"), by=("order",), against=("steps",))
+DRAWN = {  # function(rows, path of the picture)
     "guidance": draw_guidance,
-    "steps": draw_steps,
+    "steps": lambda rows, path: draw_scores(
+        labelled(rows), path, ("frechet", "right", "speed", "psnr")
+    ),
     "length": draw_length,
-    "order": draw_order,
+    "order": partial(draw_scores, **ORDER, fontsize=7),
     "losses": draw_losses,
     "choice": draw_choice,
 }
-TABLES = {
+TABLES = {  # function(rows) -> Markdown
     "steps": lambda rows: table(rows) + differences(rows),
     "levers": table,
     "ablations": table,
     "losses": losses_table,
     "choice": lambda rows: table(
-        [row | {"arm": explain_errors(row)} for row in rows if row["samples"] > 1]
+        [row | {"arm": explain_row(row)} for row in rows if row["samples"] > 1]
     ),
 }

@@ -1,223 +1,198 @@
-"""How much arithmetic and memory a configuration takes, counted on tensors that have shapes only: what `bench.py` measures against.
+"""Arithmetic and memory of a configuration, counted on tensors that have shapes but no data.
 
-A multiply-add is two floating-point operations (FLOPs).
+`studies/bench.py` measures against it. A multiply-add is two floating-point operations (FLOPs).
 """
 
 import contextlib
 import math
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from support import config
-import sample
-import tokenizer as vae
-from canvas import CanvasMAR
-from mar import Block
+from sample import generate
+from support.config import Config
+from support.runs import build_model
+from tokenizer import Tokenizer
 
 
-def count(cfg: config.Config) -> dict:
-    """FLOPs and bytes of one process.
+def count(cfg: Config) -> dict:
+    """Count parameters, FLOPs and bytes of one process.
 
-    `step_flops` forward and backward of a training step without the encoding of its clips, `part_flops` by part and with it,
-    `sampling_flops_a_frame` one frame more of one clip with all branches of the configured guidance, `activation_bytes` what the
-    forward keeps for the backward under bf16 autocast, by its rules for a CPU and without compilation, `state_bytes` weights, gradients, AdamW's two moments
-    and the average, all fp32. Attention's backward counts with what it computes again, 2.5 times its forward and not 2, so an
-    MFU from these figures is slightly higher than one of "model FLOPs".
+    `step_flops`: forward and backward of a training step on latents; `encode_flops` come on top.
+    `part_flops`: the same by part. `sampling_flops_a_frame`: a further frame of one clip, with all
+    branches of the configured guidance. `activation_bytes`: see the function of that name.
+    `state_bytes`: weights, gradients, AdamW's two moments and the average, in fp32.
+    Attention's backward counts 2.5 times its forward, with what it computes again.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model, tokenizer, x, draws = real_parts(
-            replace(cfg, train=replace(cfg.train, recompute=False))
-        )  # not part of the arithmetic
-        f, kept = torch.zeros(cfg.train.batch, cfg.data.frames, model.tokens, model.channels), {}
-
-        def keep(tensor):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-            return tensor
-
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
-        with counter() as step:
-            model(f, draws)[0].backward()
-        for block in blocks(model):
-            block.recompute = cfg.train.recompute
-        with (
-            torch.autocast("cpu", torch.bfloat16),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        ):
-            loss, _ = model(f, draws)
-            activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-        for block in blocks(model):
-            block.recompute = False
-        part_flops = {}
-        for name, work in step_parts(model, tokenizer, x, draws).items():
-            with counter() as part:
-                work()
-            part_flops[name] = part.get_total_flops()
-        noise = torch.zeros(
-            cfg.tokenizer.batch * cfg.data.frames, cfg.tokenizer.channels, cfg.grid, cfg.grid
-        )
-        with counter() as first_stage:
-            tokenizer(torch.zeros(len(noise), *x.shape[2:]), noise)[0].backward()
-        once, twice = (frame_flops(model, replace(cfg.sample, solver_steps=k)) for k in (1, 2))
-        parts = {
-            name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
-        }
-        parameters = sum(p.numel() for p in model.parameters())
+    with torch.device("meta"):
+        model, opts = build_model(cfg), cfg.sample
+    # Solver steps cost alike: one and two are counted.
+    once, twice = (frame_flops(model, replace(opts, solver_steps=k)) for k in (1, 2))
+    sampling = {k: once[k] + (opts.solver_steps - 1) * (twice[k] - once[k]) for k in once}
+    with FakeTensorMode(allow_non_fake_inputs=True):  # computes as a CPU, autocast as well
+        model, tokenizer, x, draws = build_parts(cfg)
+        f = torch.zeros(*x.shape[:2], model.tokens, model.channels)
+        activations = activation_bytes(model, f, draws)
+        model.set_recompute(False)  # is not part of the arithmetic
+        parts = step_parts(model, tokenizer, x, draws)
+        part_flops = {name: flops_of(work) for name, work in parts.items()}
+        frames = cfg.tokenizer.batch * cfg.data.frames
+        images = torch.zeros(frames, *x.shape[2:])
+        noise = torch.zeros(frames, cfg.tokenizer.channels, cfg.grid, cfg.grid)
+        parameters = parameter_count(model)
         return {
             "parameters": parameters,
-            "parts": parts,
-            "tokenizer_parameters": sum(p.numel() for p in tokenizer.parameters()),
+            "parts": {name: parameter_count(part) for name, part in model.named_children()},
+            "tokenizer_parameters": parameter_count(tokenizer),
             "tokens_a_frame": model.tokens,
-            "tokens_a_step": cfg.train.batch * cfg.data.frames * model.tokens,
+            "tokens_a_step": f.shape[:3].numel(),
             "encode_flops": part_flops["encode"],
-            "step_flops": step.get_total_flops(),
+            "step_flops": flops_of(lambda: model(f, draws)[0].backward()),
             "part_flops": part_flops,
-            "tokenizer_step_flops": first_stage.get_total_flops(),
+            "tokenizer_step_flops": flops_of(lambda: tokenizer(images, noise)[0].backward()),
             "activation_bytes": activations,
             "state_bytes": 20 * parameters,
-            "sampling_flops_by_part": {
-                k: once[k] + (cfg.sample.solver_steps - 1) * (twice[k] - once[k]) for k in once
-            },
-            "sampling_flops_a_frame": sum(once.values())
-            + (cfg.sample.solver_steps - 1) * (sum(twice.values()) - sum(once.values())),
+            "sampling_flops_by_part": sampling,
+            "sampling_flops_a_frame": sum(sampling.values()),
         }
 
 
-def real_parts(cfg):
-    """Model, tokenizer, a batch of clips (B, T, 3, H, W) and its draws, on whatever device or fake mode is in force."""
-    shape = (cfg.train.batch, cfg.data.frames, 3, cfg.data.size, cfg.data.size)
-    model, tokenizer = CanvasMAR(cfg), vae.Tokenizer(cfg.tokenizer)
-    return (
-        model,
-        tokenizer,
-        torch.zeros(shape),
-        model.draw([torch.Generator() for _ in range(cfg.train.batch)], cfg.data.frames),
-    )
+def build_parts(cfg):
+    """Return model, tokenizer, clips (B, T, 3, H, W) of zeros and their draws, on the CPU."""
+    clips = cfg.train.batch
+    x = torch.zeros(clips, cfg.data.frames, 3, cfg.data.size, cfg.data.size)
+    model = build_model(cfg)
+    draws = model.draw([torch.Generator() for _ in range(clips)], cfg.data.frames)
+    return model, Tokenizer(cfg.tokenizer), x, draws
 
 
-def blocks(model):
-    return [part for part in model.modules() if isinstance(part, Block)]
+def parameter_count(module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
-def step_parts(
-    model, tokenizer, x, draws, wrap=lambda part: part, autocast=contextlib.nullcontext
-) -> dict:
-    """The parts of a training step, each alone, forward and backward, as functions without arguments. wrap: torch.compile."""
-    frames, n, channels, width = x.shape[1], model.tokens, model.channels, model.cfg.width
-    f = torch.zeros(len(x), frames, n, channels, device=x.device)
-    z = torch.zeros(len(x), frames, n, width, device=x.device, requires_grad=True)
-    c = torch.zeros(*draws.masked.shape, width, device=x.device, requires_grad=True)
-    masked = (
-        torch.zeros(len(x), frames * n, dtype=torch.bool, device=x.device)
-        .scatter(1, draws.masked, True)
-        .view(-1, n)
-    )
-    target = torch.zeros(*draws.masked.shape, channels, device=x.device)
-    encode, temporal, mar, head = (
-        wrap(tokenizer.encode),
-        wrap(model.temporal),
-        wrap(model.mar),
-        wrap(model.head.loss),
-    )
-    canvas = model.canvas and wrap(model.canvas)
-    parts = {
-        "temporal": lambda: temporal(f).sum(),
-        "canvas": lambda: sum(out.sum() for out in canvas(z, f)),
-        "masked transformer": lambda: mar(
-            f.flatten(0, 1), masked, z.flatten(0, 1), z.flatten(0, 1), draws.masked
-        ).sum(),
-        "head": lambda: head(target, c, draws.tau, draws.eps).sum(),
+def activation_bytes(model, f, draws) -> int:
+    """Return what the forward keeps for the backward, under a CPU's bf16 autocast, not compiled."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        loss, _ = model(f, draws)
+        return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
+
+
+def step_parts(model, tokenizer, x, draws, wrap=None, autocast=contextlib.nullcontext) -> dict:
+    """Return {name: work()}: each part of a training step alone, forward and backward.
+
+    wrap: applied to the functions of the parts, such as torch.compile.
+    """
+    wrap = wrap or (lambda function: function)
+    zeros = partial(torch.zeros, device=x.device)
+    shape, index, width = (*x.shape[:2], model.tokens), draws.index, model.cfg.width
+    f, z = zeros(*shape, model.channels), zeros(*shape, width, requires_grad=True)
+    c, target = zeros(*index.shape, width, requires_grad=True), zeros(*index.shape, model.channels)
+    masked = zeros(len(x), f[0, ..., 0].numel(), dtype=torch.bool).scatter(1, index, True)
+    inputs = {
+        "temporal": (model.temporal, f),
+        "canvas": (model.predict_canvas, z, f, f, draws),
+        "masked transformer": (model.mar, f, masked.view(shape), z, z, index),
+        "head": (model.head, target, c, draws.tau, draws.eps),
     }
+    if not model.canvas:
+        del inputs["canvas"]
 
-    if model.choice:
-        parts["choice"] = lambda choice=wrap(model.choice): sum(
-            out.sum() for out in choice(f, z[..., :channels], z, z, draws)[:2]
-        )
-
-    def both_ways(part):
+    def both_ways(part, *args):
         with autocast():
-            out = part()
-        out.backward()
+            out = part(*args)
+            tensors = [out] if torch.is_tensor(out) else [*out[:2], *out[2].values()]
+            total = sum(tensor.sum() for tensor in tensors)
+        total.backward()
 
-    def encode_only():
+    def encode(part):
         with torch.no_grad(), autocast():
-            encode(x)
+            part(x)
 
-    return {"encode": encode_only} | {
-        name: partial(both_ways, part)
-        for name, part in parts.items()
-        if name != "canvas" or model.canvas is not None
-    }
+    works = {name: partial(both_ways, wrap(part), *args) for name, (part, *args) in inputs.items()}
+    return {"encode": partial(encode, wrap(tokenizer.encode))} | works
 
 
 def frame_flops(model, opts) -> dict:
-    """FLOPs of one frame more of one clip, the window of the temporal transformer full, by part."""
-    window, totals = model.temporal.window, []
-    for frames in (1, 2):
-        context = torch.zeros(1, window, model.tokens, model.channels)
-        with counter() as flops, watched(model, flops.get_total_flops) as parts:
-            for _ in sample.generate(
-                model, context, replace(opts, context=window, frames=window + frames), 0, [0]
-            ):
-                pass
-        totals.append(parts | {"rest": flops.get_total_flops() - sum(parts.values())})
-    return {name: totals[1][name] - totals[0][name] for name in totals[0]}
+    """Return {part: FLOPs} of a further frame of one clip, the temporal window full."""
+    window = model.temporal.window
+    context = model.start.new_zeros(1, window, model.tokens, model.channels)
+    frames = generate(model, context, replace(opts, context=window, frames=window + 2), 0, [0])
+    with counter() as flops, watched(model, flops.get_total_flops) as parts:
+        next(frames)  # the context's turn as well
+        first = parts | {"rest": flops.get_total_flops() - sum(parts.values())}
+        next(frames)
+        second = parts | {"rest": flops.get_total_flops() - sum(parts.values())}
+    return {name: second[name] - first[name] for name in first}
 
 
 @contextlib.contextmanager
 def watched(model, read):
-    """While inside, add up by how much read() grows over the calls of each part of the model: its time, or its FLOPs."""
-    sums, undo = {}, []
+    """Within the context, add up by how much read(), a clock or a counter, grows in each part."""
+    calls = [
+        ("temporal", model.temporal, "forward"),
+        ("masked transformer", model.mar, "forward"),
+        ("head", model.head.c_proj, "forward"),
+        ("head", model.head, "velocity"),
+    ]
+    if model.canvas:
+        calls.insert(1, ("canvas", model, "predict_canvas"))
+    sums = {name: 0 for name, *_ in calls}
 
-    def watch(owner, method, name):
-        inner, own = getattr(owner, method), owner.__dict__.get(method)
-        sums.setdefault(name, 0)
-
-        def outer(*args):
-            before = read()
-            result = inner(*args)
-            sums[name] += read() - before
+    def watch(name, inner):
+        def outer(*args, **kwargs):
+            begin = read()
+            result = inner(*args, **kwargs)
+            sums[name] += read() - begin
             return result
 
-        object.__setattr__(owner, method, outer)
-        undo.append((owner, method, own))
+        return outer
 
-    watch(model.temporal, "forward", "temporal")
-    if model.canvas:
-        watch(model.canvas, "forward", "canvas")
-    if model.choice:
-        (
-            watch(model.choice.read, "forward", "prior"),
-            watch(model.choice.prior, "condition", "prior"),
-            watch(model.choice.prior, "velocity", "prior"),
-        )
-    watch(model.mar, "forward", "masked transformer")
-    watch(model.head.condition, "forward", "head"), watch(model.head, "velocity", "head")
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, owner, method in calls:
+            patch = mock.patch.object(owner, method, watch(name, getattr(owner, method)))
+            stack.enter_context(patch)
         yield sums
-    finally:
-        for owner, method, own in undo:
-            object.__setattr__(owner, method, own) if own else object.__delattr__(owner, method)
 
 
 def conv_backward_flops(grad_shape, x_shape, weight_shape, *args, **_) -> int:
-    """Twice the forward's, of a convolution with groups too, where torch's own formula counts a full one."""
+    """Twice the forward's, with groups too: torch's own formula counts a full convolution."""
     return 2 * 2 * math.prod(grad_shape) * math.prod(weight_shape[1:])
 
 
+def attention_flops(q, k, v, *_, **__) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def attention_backward_flops(grad, q, k, v, *_, **__) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+aten = torch.ops.aten
 FORMULAS = {  # what torch's counter has no right formula for
-    torch.ops.aten.convolution_backward: conv_backward_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
-        sdpa_flop_count(q, k, v)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
-        sdpa_backward_flop_count(grad, q, k, v)
-    ),
+    aten.convolution_backward: conv_backward_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }
 
 
 def counter():
     return FlopCounterMode(display=False, custom_mapping=FORMULAS)
+
+
+def flops_of(work) -> int:
+    """Return the FLOPs of work()."""
+    with counter() as counted:
+        work()
+    return counted.get_total_flops()

@@ -36,6 +36,7 @@ ARMS = {
 # Parameters and options as a867726 and before named them.
 EARLIER = {
     r"\bin_proj\b": "enter",
+    r"\bz_t_proj\b": "temporal",
     r"\bc_proj\b": "condition",
     r"\bout_proj\b": "leave",
     r"^embed_w\b": "choice.enter",

@@ -145,7 +145,9 @@ def test_loss_on_masked_tokens_equals_the_head_on_all_tokens_with_the_loss_maske
     f, draws = clips(model, seed=seed), model.draw(generators(2, seed), 5)
     loss, logs = model(f, draws)
 
-    prev = torch.cat([model.start.expand(2, 1, -1, -1), f[:, :-1] + draws.past_noise], 1)
+    prev = torch.cat(
+        [model.start.expand(2, 1, -1, -1), f[:, :-1] + draws.context_sigma * draws.context_eps], 1
+    )
     z_t = model.temporal(prev)
     z_s, f_hat = model.canvas(z_t, prev) if canvas else (torch.zeros_like(z_t), f)
     z_s = z_s + draws.canvas_sigma * draws.canvas_eps if canvas else z_s
@@ -182,7 +184,7 @@ def test_noise_on_the_past_is_on_what_is_looked_back_at_only_and_never_in_sampli
     assert all(
         torch.equal(getattr(draws, name), getattr(others, name))
         for name in vars(draws)
-        if name != "past_noise"
+        if name != "context_sigma"
     )
     for part in (noisy.temporal, noisy.canvas, noisy.mar):
         part.register_forward_pre_hook(lambda _, given: seen.append(given))
@@ -190,13 +192,14 @@ def test_noise_on_the_past_is_on_what_is_looked_back_at_only_and_never_in_sampli
     (past,), (_, before), (known, *_) = seen
     assert (
         torch.equal(past, before)
-        and torch.equal(past[:, 1:], f[:, :-1] + draws.past_noise)
+        and torch.equal(past[:, 1:], f[:, :-1] + draws.context_sigma * draws.context_eps)
         and torch.equal(known, f)
     )
     assert torch.equal(
         past[:, :1], noisy.start.expand(2, 1, -1, -1)
     )  # of the start there is no doubt
-    level = noisy.draw(generators(200), 5).past_noise.std((2, 3))
+    level = noisy.draw(generators(200), 5)
+    level = (level.context_sigma * level.context_eps).std((2, 3))
     assert 0.4 < level.max() < 0.65 and level.min() < 0.02 and abs(level.mean() - 0.25) < 0.03
     assert torch.equal(noisy(f, draws.clean())[0], clean(f, others.clean())[0])
 

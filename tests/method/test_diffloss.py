@@ -18,7 +18,7 @@ def head():
 
 
 def gaussian_velocity(mean, std):
-    """The exact velocity field that carries a standard normal to N(mean, std^2) on straight lines."""
+    """The exact velocity field from a standard normal to N(mean, std^2) on straight lines."""
 
     def velocity(x, tau):
         variance = (1 - tau) ** 2 + (tau * std) ** 2
@@ -127,8 +127,8 @@ def test_a_new_head_predicts_zero_and_its_loss_is_that_of_zero():
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_times_are_told_apart(a, b):
     net = DiffLoss(1, 1, 4, 1)
-    x, y = fourier(torch.tensor([a, b]), net.rate)
+    x, y = fourier(torch.tensor([a, b]), net.frequency)
     assert torch.equal(
-        net.rate, math.pi * torch.logspace(0, 7, 16, base=2)
-    ) and not net.state_dict().keys() & {"rate"}
+        net.frequency, math.pi * torch.logspace(0, 7, 16, base=2)
+    ) and not net.state_dict().keys() & {"frequency"}
     assert x.abs().max() <= 1 and (x - y).abs().max() >= min(0.9, 3 * abs(a - b)) - 1e-4

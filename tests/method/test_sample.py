@@ -29,13 +29,14 @@ def conditional(model, z_t, z_s, x, f, masked, tau=0.3):
 
 
 def guided(model, w_t, w_s, z_t, z_s, x, f, masked, tau=0.3):
-    """The velocity as the sampler computes it, and its number of branches."""
-    weights, z_ts, z_ss = sample.guidance(model, z_t, z_s, w_t, w_s)
-    n = len(weights)
+    """The velocity of the sampler's branches, weighted as it does, and their number."""
+    weights, z_ts, z_ss = sample.guidance_branches(model, z_t, z_s, w_t, w_s)
+    n, head = len(weights), model.head
     everywhere = torch.arange(f.shape[1]).expand(n * len(f), -1)
     frames = f.repeat(n, 1, 1)[:, None], masked.repeat(n, 1)[:, None]
     c = model.mar(*frames, z_ts, z_ss, everywhere)
-    return sample.guided(model.head, c, weights)(x, tau), n
+    v = head.velocity(x, torch.tensor([tau]), head.c_proj(c).unflatten(0, (n, -1)))
+    return sum(w * branch for w, branch in zip(weights, v)), n
 
 
 def test_guidance_of_one_is_the_conditional_velocity_exactly():
@@ -76,7 +77,7 @@ def test_equal_scales_are_ordinary_guidance_with_two_branches(w):
 def test_the_weights_of_the_branches_add_up_to_one_and_none_is_zero(w_t, w_s):
     model = tiny_model()
     z_t, z_s, *_ = setting(model)
-    weights, z_ts, z_ss = sample.guidance(model, z_t, z_s, w_t, w_s)
+    weights, z_ts, z_ss = sample.guidance_branches(model, z_t, z_s, w_t, w_s)
     assert abs(sum(weights) - 1) < 1e-9 and 0 not in weights
     assert z_ts.shape == z_ss.shape == (len(weights) * len(z_t), 1, *z_t.shape[1:])
 
@@ -187,7 +188,7 @@ def test_intermediate_frames_show_known_tokens_and_the_canvas_elsewhere(steps, o
 
 def test_the_noise_does_not_depend_on_the_number_of_steps(monkeypatch):
     model, x = tiny_model(), torch.zeros(2, 1, 16, 2)
-    monkeypatch.setattr(sample, "solve", lambda velocity, noise, *_: noise)
+    monkeypatch.setattr(model.head, "sample", lambda c, noise, *_: noise)
     assert torch.equal(run(model, x, [3, 4], steps=1), run(model, x, [3, 4], steps=7))
     draw = lambda seed, clip: torch.rand(5, generator=clip_generator(seed, clip))
     assert torch.equal(draw(3, 9), draw(3, 9)) and not torch.equal(draw(3, 9), draw(9, 3))

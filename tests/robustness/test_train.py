@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from support import config, machine, runs
 from support.pictures import write_mp4
-from train import ema_decay, lr_share, make_optimizer, update_ema
+from train import ema_decay, lr_factor, make_optimizer, update_ema
 
 
 @given(st.integers(0, 500), st.integers(1, 2000))
 def test_learning_rate_rises_then_falls_and_stays_positive(warmup, steps):
-    shares = [lr_share(step, warmup, steps) for step in range(1, steps + 1)]
+    shares = [lr_factor(step, warmup, steps) for step in range(1, steps + 1)]
     peak = min(warmup, steps // 4)
     assert all(0 < s <= 1 for s in shares)
     assert all(a <= b for a, b in zip(shares[:peak], shares[1:peak]))
