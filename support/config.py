@@ -1,9 +1,7 @@
 """Configuration: a YAML file and `key.sub=value` overrides -> frozen dataclasses, checked.
 
-`config.yaml` holds every value and says what each key means; the dataclasses below hold the type
-and the range of each. A file may begin with `base: other.yaml` and state only what differs from it.
-
-    cfg = load("config.yaml", ["model.width=192", "train.lr=1e-3"])
+`config.yaml` says what each key means; the dataclasses below hold the type and range of each. A
+file may begin with `base: other.yaml` and state only what differs from it.
 """
 
 import argparse
@@ -12,7 +10,6 @@ import dataclasses
 import difflib
 import errno
 import importlib
-import math
 import os
 import re
 import reprlib
@@ -36,18 +33,14 @@ class UserError(Exception):
     """Something the user can put right: shown as one line, exit status 2 (see `run_main`)."""
 
 
-class OldVersion(UserError):
-    """A configuration with keys of an earlier version of this project."""
-
-
 def run_main(main):
     """Run `main()` and end the process: errors of the user or the machine are one line on stderr.
 
     The exit status is then 2, and 130 after ctrl-c. A bug keeps its traceback.
     """
     status = 0
-    if sys.stdout:  # not closed
-        sys.stdout.reconfigure(errors="replace")  # of a console that cannot show all characters
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
+    sys.stdout.reconfigure(errors="replace")  # of a console that cannot show all characters
     try:
         main()
     except SystemExit as stop:
@@ -61,8 +54,7 @@ def run_main(main):
             raise
         log("error: " + text)
         status = 2
-    if sys.stdout:
-        sys.stdout.flush()
+    sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(status or 0)  # gloo's threads now and then abort a process that ends as usual
     sys.exit(status)
@@ -76,12 +68,9 @@ def user_message(error: Exception) -> str | None:
     disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
     if isinstance(error, OSError) and (error.filename or error.errno in disk):
         return f"{error.filename or 'writing'}: {error.strerror}; what was saved before is whole"
-    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if memory or "can't allocate memory" in text:
-        return (
-            f"out of memory ({text[:150]}); smaller models, clips and batches need less: "
-            "train.batch, or --batch when sampling"
-        )
+    lacking = re.search("out of memory|can't allocate memory", text)  # on a device, on the CPU
+    if lacking or isinstance(error, MemoryError):
+        return f"out of memory ({text[:150]}); try a smaller train.batch, or --batch when sampling"
     return None
 
 
@@ -102,8 +91,7 @@ def require(module: str, package: str):
     try:
         return importlib.import_module(module)
     except ImportError:
-        what = f"this needs the package {package}, which is not installed: pip install {package}"
-        raise UserError(what) from None
+        raise UserError(f"this needs a package that is missing: pip install {package}") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,7 +104,10 @@ class Parser(argparse.ArgumentParser):
 # --------------------------------------------------------------------------------- the sections
 
 
-def bounded(low, high=math.inf, default=dataclasses.MISSING):
+MANY = 10**9  # more than anybody means: a typing error should not begin to fill the memory
+
+
+def bounded(low, high=sys.float_info.max, default=dataclasses.MISSING):
     return field(default=default, metadata={"low": low, "high": high})
 
 
@@ -124,18 +115,11 @@ def choices(*names):
     return field(metadata={"choices": names})
 
 
-def a_path():
-    return field(metadata={"path": True})
-
-
-MANY = 10**9  # more than anybody means: a typing error should not begin to fill the memory
-
-
 @dataclass(frozen=True)
 class Data:
     name: str = choices("pushing", "folder", "bair")
-    path: str = a_path()
-    test_list: str = a_path()
+    path: str
+    test_list: str
     size: int = bounded(8, 4096)
     frames: int = bounded(3, 4096)  # with 2, no frame is ever trained with few masked tokens
     stride: int = bounded(1, 4096)
@@ -147,7 +131,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    checkpoint: str = a_path()
+    checkpoint: str
     stride: int = bounded(2, 256)
     channels: int = bounded(1, 4096)
     width: int = bounded(4, 8192)
@@ -203,8 +187,8 @@ class Sample:
     steps: int = bounded(1, 65536)
     solver: str = choices("midpoint", "euler")
     solver_steps: int = bounded(1, 65536)
-    cfg_temporal: float
-    cfg_canvas: float
+    cfg_temporal: float = bounded(-MANY, MANY)
+    cfg_canvas: float = bounded(-MANY, MANY)
     order: str = choices("random", "motion")
 
 
@@ -216,14 +200,14 @@ class Choice:
     noise: float = bounded(1e-3, default=0.2)
     weight: float = bounded(0, default=0.01)
     drop: float = bounded(0, 1, default=0.3)
-    cfg: float = 1.0
+    cfg: float = bounded(-MANY, MANY, default=1.0)
     temperature: float = bounded(0, default=1.0)
     solver_steps: int = bounded(1, 65536, default=5)
 
 
 @dataclass(frozen=True)
 class Config:
-    run: str = a_path()
+    run: str
     seed: int = bounded(0, 2**32 - 1)
     device: str = choices("auto", "cuda", "mps", "cpu")
     data: Data
@@ -244,45 +228,36 @@ REMOVED = {  # keys of earlier versions
     *(f"model.choice_{key}" for key in ("loss", "noise", "reads", "tells", "weight")),
     *("model.drop_choice", "sample.cfg_choice", "sample.choice_steps", "sample.choice_temperature"),
 }
-IS_REMOVED = (
-    "is a key of an earlier version of this project; go on with commit a867726, which has it, "
-    "or train anew without it (keys of the choosing canvas: configs/choice.yaml)"
-)
 
 
 # --------------------------------------------------------------------------------- load and save
 
 
 def load(path, overrides=()) -> Config:
-    """Read a YAML file (and its `base` files), apply `key.sub=value` overrides, check everything.
+    """Read a YAML file and its `base` files, apply `key.sub=value` overrides, check everything.
 
-    Raises UserError for an unreadable file, an unknown or missing key (naming the nearest valid
-    one), a value of the wrong type or out of range, and sizes that do not fit together.
+    Raises UserError for the first mistake.
     """
     tree = _read(Path(path), seen=())
     for override in overrides:
         name, equals, value = override.partition("=")
-        if not equals or not name:
+        if not equals:
             raise UserError(f"override '{override}' is not of the form key.sub=value")
-        node = tree
-        *parents, last = name.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise UserError(f"override '{override}': '{parent}' is a value, not a section")
-        node[last] = value
+        for key in reversed(name.split(".")):
+            value = {key: value}
+        tree = _merge(tree, value)
     return from_dict(tree, where=str(path))
 
 
 def from_dict(tree: dict, where="config") -> Config:
     """Build and check a Config from nested dicts, as stored in files and checkpoints."""
     cfg = build(Config, tree, "", where)
-    check(cfg)
+    for problem in _problems(cfg):
+        raise UserError(problem)
     return cfg
 
 
-def to_dict(cfg: Config) -> dict:
-    return dataclasses.asdict(cfg)
+to_dict = dataclasses.asdict
 
 
 def save(cfg: Config, path) -> None:
@@ -291,20 +266,33 @@ def save(cfg: Config, path) -> None:
 
 
 def write_text(path, text: str) -> None:
-    """Write to a temporary name, flush, rename: a crash leaves either the old or the new file."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    """Write a text file in UTF-8, as a whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Open a temporary binary file, which is flushed and renamed to `path` at the end.
+
+    A crash leaves either the old or the new file, a failure the old one alone.
+    """
+    aside = Path(f"{path}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def flat(cfg: Config) -> dict:
     """{'data.size': 32, ...}: every value under its dotted name."""
-    values = {}
-    for name, value in to_dict(cfg).items():
-        section = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else None
-        values |= section or {name: value}
+    values = to_dict(cfg)
+    for name in [name for name, value in values.items() if isinstance(value, dict)]:
+        values |= {f"{name}.{key}": value for key, value in values.pop(name).items()}
     return values
 
 
@@ -333,32 +321,26 @@ def _read(path: Path, seen: tuple) -> dict:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no keys")
-    base = tree.pop("base", None)
-    if not base:
-        return tree
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base must be the path of another YAML file")
-    return _merge(_read(path.parent / base, (*seen, os.path.realpath(path))), tree)
+    if not isinstance(tree, dict) or not isinstance(tree.get("base", ""), str):
+        raise UserError(f"{path} holds no keys, or a `base` that is not the path of a file")
+    base = tree.pop("base", "")
+    if base:
+        tree = _merge(_read(path.parent / base, (*seen, os.path.realpath(path))), tree)
+    return tree
 
 
-def _merge(base: dict, over: dict) -> dict:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
-    return merged
+def _merge(base, over):
+    """Return nested dicts with the values of `over`, or of `base` where it has none."""
+    if not isinstance(base, dict) or not isinstance(over, dict):
+        return over
+    return base | {key: _merge(base.get(key), value) for key, value in over.items()}
 
 
 # ---------------------------------------------------------------------------------------- checks
 
 
 def build(kind, tree, prefix: str, where: str):
-    """Build one section from a dict.
-
-    Raises UserError for an unknown key, a missing one that has no default, and a wrong value.
-    """
+    """Build one section from a dict. Raises UserError for wrong or missing keys and values."""
     if not isinstance(tree, dict):
         name, shown = prefix.rstrip("."), reprlib.repr(tree)
         raise UserError(f"{where}: '{name}' must be a section with keys, got {shown}")
@@ -366,22 +348,20 @@ def build(kind, tree, prefix: str, where: str):
     for key in map(str, tree):
         name = f"{prefix}{key[:100]}"
         if name in REMOVED:
-            raise OldVersion(f"{where}: {name} {IS_REMOVED}")
+            hint = "go on with commit a867726, or train anew (docs/CHOICE.md)"
+            raise UserError(f"{where}: {name} is a key of an earlier version; {hint}")
         if key not in fields:
             near = difflib.get_close_matches(key[:100], fields, n=1, cutoff=0.0)[0]
             raise UserError(f"{where}: unknown key '{name}'; did you mean '{prefix}{near}'?")
-    needed = [name for name, f in fields.items() if f.default is dataclasses.MISSING]
-    missing = ", ".join(prefix + name for name in needed if name not in tree)
-    if missing:
-        hint = "`base: config.yaml` as first line supplies the defaults"
-        raise UserError(f"{where}: missing {missing}; {hint}")
     values = {}
-    for name, value in tree.items():
-        f = fields[name]
-        if dataclasses.is_dataclass(f.type):
-            values[name] = build(f.type, value, f"{name}.", where)
-        else:
-            values[name] = _value(f, value, f"{where}: {prefix}{name}")
+    for name, f in fields.items():
+        if name in tree and dataclasses.is_dataclass(f.type):
+            values[name] = build(f.type, tree[name], f"{name}.", where)
+        elif name in tree:
+            values[name] = _value(f, tree[name], f"{where}: {prefix}{name}")
+        elif f.default is dataclasses.MISSING:
+            hint = "`base: config.yaml` as first line supplies the defaults"
+            raise UserError(f"{where}: missing {prefix}{name}; {hint}")
     return kind(**values)
 
 
@@ -398,14 +378,12 @@ def _value(f: dataclasses.Field, value, name: str):
         value = _parse(f.type, value)
     except (ValueError, OverflowError):
         raise UserError(f"{name} must be {EXPECTED[f.type]}, got {shown}") from None
-    if f.type is float and not math.isfinite(value):
-        raise UserError(f"{name} must be finite, got {value}")
     allowed, low, high = (f.metadata.get(key) for key in ("choices", "low", "high"))
     if allowed and value not in allowed:
         raise UserError(f"{name} must be one of {', '.join(allowed)}, got {shown}")
     if low is not None and not low <= value <= high:
         raise UserError(f"{name}={value} must lie between {low} and {high}")
-    return os.path.expanduser(value) if "path" in f.metadata else value
+    return os.path.expanduser(value) if f.type is str else value
 
 
 def _parse(kind: type, value):
@@ -423,13 +401,8 @@ def _parse(kind: type, value):
     return value
 
 
-def check(cfg: Config) -> None:
-    """Refuse sizes that do not fit together; each message prints both. Raises UserError."""
-    for problem in _problems(cfg):
-        raise UserError(problem)
-
-
 def _problems(cfg: Config):
+    """Yield a line for all that does not fit together, with both of the sizes."""
     d, t, m, s, c = cfg.data, cfg.tokenizer, cfg.model, cfg.sample, cfg.choice
     size, stride = f"data.size={d.size}", f"tokenizer.stride={t.stride}"
     if not cfg.run:
@@ -443,11 +416,9 @@ def _problems(cfg: Config):
     if m.window > d.frames:
         yield f"model.window={m.window} is more than the data.frames={d.frames} of a training clip"
     if s.context >= s.frames:
-        counts = f"sample.frames={s.frames}; frames counts the context too"
-        yield f"sample.context={s.context} leaves nothing to predict of {counts}"
+        yield f"sample.context={s.context} leaves nothing to predict of sample.frames={s.frames}"
     if s.steps > cfg.grid**2:
-        n = f"{cfg.grid**2} tokens of a frame ({size}, {stride})"
-        yield f"sample.steps={s.steps} is more than the {n}"
+        yield f"sample.steps={s.steps} is more than the {cfg.grid**2} tokens of {size}, {stride}"
     if c.latent and not m.canvas:
         yield f"choice.latent={c.latent} needs the canvas (model.canvas=true), which it conditions"
     if not c.latent and (c.cfg, c.temperature) != (1, 1):
@@ -455,8 +426,7 @@ def _problems(cfg: Config):
     if s.order == "motion" and not m.canvas:
         yield "sample.order=motion needs the canvas (model.canvas=true) to tell what will move"
     if d.name != "pushing" and not d.path:
-        holds = "videos" if d.name == "folder" else "TFRecords"
-        yield f"data.name={d.name} needs data.path, the folder that holds the {holds}"
+        yield f"data.name={d.name} needs data.path, the folder that holds the data"
     if d.test_list and d.name != "folder":
         yield f"data.test_list is for data.name=folder; {d.name} has a test split of its own"
     if d.name == "pushing" and d.size not in (32, 64):

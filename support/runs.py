@@ -1,11 +1,8 @@
-"""What belongs to a run: its model and tokenizer in files, its folder, going on with it.
-
-cfg, model, tokenizer = load_run("runs/pushing", device)   # the averaged weights, frozen
-"""
+"""What belongs to a run: its model and tokenizer in files, its folder, going on with it."""
 
 import contextlib
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +13,7 @@ from support import config, data, storage
 from support.config import Config, UserError, log, warn
 from support.fast import to_precision
 from support.machine import pick_precision
+from support.storage import SAMPLING
 from tokenizer import Tokenizer
 
 
@@ -37,10 +35,9 @@ def run_folder(path) -> Path:
 def load_run(path, device, args=None) -> tuple[Config, CanvasMAR, Tokenizer]:
     """Load a run folder or a checkpoint file: (configuration, averaged model, its tokenizer).
 
-    Of a folder it is latest.pt, or where that is damaged the checkpoint before it, with a warning.
-    The checkpoint holds its tokenizer; where the videos are and what to sample is read from the
-    config.yaml beside it, and from the options of `add_options` in `args`. Raises UserError if a
-    file is missing, damaged or of another kind, or the options do not fit.
+    Of a folder it is the newest checkpoint that is not damaged. Where the videos are and what to
+    sample is read from the config.yaml beside it, and from the options of `add_options` in `args`.
+    Raises UserError if a file is missing, damaged or of another kind, or the options do not fit.
     """
     file, keys = Path(path), ("config", "vae", "ema")
     if file.is_dir():
@@ -49,15 +46,17 @@ def load_run(path, device, args=None) -> tuple[Config, CanvasMAR, Tokenizer]:
         stored = storage.read(file, "model", keys)
     if file is None:
         raise UserError(f"{path} holds no latest.pt; is the training still at the tokenizer?")
-    cfg = config.from_dict(stored["config"], where=str(file))
+    tree = config.to_dict(config.from_dict(stored["config"], where=str(file)))
     beside = file.parent / "config.yaml"
     if beside.exists():  # it may have been edited since
-        now = config.load(beside)
-        where = replace(cfg.data, path=now.data.path, test_list=now.data.test_list)
-        choice = replace(cfg.choice, **_sampling(now.choice))
-        cfg = replace(cfg, data=where, sample=now.sample, choice=choice)
-        config.check(cfg)
-    cfg = _apply_options(cfg, args) if args else cfg
+        now = config.to_dict(config.load(beside))
+        tree["data"] |= {key: now["data"][key] for key in ("path", "test_list")}
+        tree["choice"] |= {key: now["choice"][key] for key in SAMPLING}
+        tree["sample"] = now["sample"]
+    for section, f, name in _options():
+        if getattr(args, name, None) is not None:
+            tree[section][f.name] = getattr(args, name)
+    cfg = config.from_dict(tree, where="options")
     model = build_model(cfg)
     storage.load_state(model, stored["ema"], file)
     model = model.to(device).eval().requires_grad_(False)
@@ -66,43 +65,29 @@ def load_run(path, device, args=None) -> tuple[Config, CanvasMAR, Tokenizer]:
     return cfg, model, tokenizer
 
 
-SAMPLING = ("cfg", "temperature", "solver_steps")  # keys of `choice` that training does not read
-
-
-def _sampling(choice) -> dict:
-    return {name: getattr(choice, name) for name in SAMPLING}
+def _options():
+    """Yield (section, field, name of its option) for each key that only sampling reads."""
+    for f in fields(config.Sample):
+        yield "sample", f, f.name
+    for f in fields(config.Choice):
+        if f.name in SAMPLING:
+            yield "choice", f, f"choice_{f.name}"
 
 
 def add_options(parser, skip=()):
     """Add --seed and the keys of the `sample` section, and those of `choice` about sampling."""
     about = "another seed gives other futures (default: the run's)"
     parser.add_argument("--seed", type=int, help=about)
-    for f in fields(config.Sample):
-        if f.name not in skip:
-            name = f.name.replace("_", "-")
-            about = f"as sample.{f.name} in config.yaml"
-            parser.add_argument(f"--{name}", type=f.type, help=about)
-    for f in fields(config.Choice):
-        if f.name in SAMPLING:
-            name, about = f.name.replace("_", "-"), f"as choice.{f.name} in configs/choice.yaml"
-            parser.add_argument(f"--choice-{name}", type=f.type, help=about)
-
-
-def _apply_options(cfg: Config, args) -> Config:
-    """Return cfg with the given options, checked like a file's."""
-    tree, given = config.to_dict(cfg), vars(args)
-    for section, prefix, names in (("sample", "", tree["sample"]), ("choice", "choice_", SAMPLING)):
-        for name in names:
-            if given.get(prefix + name) is not None:
-                tree[section][name] = given[prefix + name]
-    return config.from_dict(tree, where="options")
+    for section, f, name in _options():
+        if name not in skip:
+            about = f"as {section}.{f.name} in the configuration"
+            parser.add_argument(f"--{name.replace('_', '-')}", type=f.type, help=about)
 
 
 def sampling_seed(cfg: Config, args) -> int:
     """Return --seed, or the run's seed. Raises UserError if it is out of range."""
-    if args.seed is None:
-        return cfg.seed
-    return config.from_dict(config.to_dict(cfg) | {"seed": args.seed}, where="options").seed
+    seed = cfg.seed if args.seed is None else args.seed
+    return config.from_dict(config.to_dict(cfg) | {"seed": seed}, where="options").seed
 
 
 # ------------------------------------------------------------------------------ tokenizer files
@@ -129,8 +114,8 @@ def load_tokenizer(path, device="cpu", expect: config.Tokenizer | None = None) -
 
 def pack_tokenizer(tokenizer: Tokenizer) -> dict:
     """Return it as tensors and plain values, as in a tokenizer.pt and in a model's checkpoint."""
-    state = tokenizer.state_dict()
-    return {"kind": "tokenizer", "config": asdict(tokenizer.cfg), "state": state}
+    settings, state = config.to_dict(tokenizer.cfg), tokenizer.state_dict()
+    return {"kind": "tokenizer", "config": settings, "state": state}
 
 
 def unpack_tokenizer(stored: dict, path, device="cpu") -> Tokenizer:
@@ -148,17 +133,14 @@ def adopt_tokenizer(cfg: Config) -> bool:
     """Say whether the run has a tokenizer.pt; take that of tokenizer.checkpoint if it has none."""
     t, file = cfg.tokenizer, Path(cfg.run) / "tokenizer.pt"
     _restore_tokenizer(cfg.run)
-    named = None
     if t.checkpoint and (not file.exists() or Path(t.checkpoint).exists()):
         named = load_tokenizer(t.checkpoint, expect=t)
-    if named and not file.exists():
-        config.save(cfg, Path(cfg.run) / "config.yaml")
-        save_tokenizer(named, file)
-    elif named and named.fingerprint() != load_tokenizer(file).fingerprint():
-        raise UserError(
-            f"{file} is another tokenizer than tokenizer.checkpoint={t.checkpoint}; "
-            "set run= to another folder"
-        )
+        if not file.exists():
+            config.save(cfg, Path(cfg.run) / "config.yaml")
+            save_tokenizer(named, file)
+        elif named.fingerprint() != load_tokenizer(file).fingerprint():
+            what = f"{file} is another tokenizer than tokenizer.checkpoint={t.checkpoint}"
+            raise UserError(f"{what}; set run= to another folder")
     if file.exists():
         for finished in storage.list_checkpoints(cfg.run, "tokenizer_"):
             finished.unlink()
@@ -167,14 +149,11 @@ def adopt_tokenizer(cfg: Config) -> bool:
 
 def _restore_tokenizer(folder) -> None:
     """Write a damaged or lost tokenizer.pt again from the newest checkpoint of the model."""
-    file, why = Path(folder) / "tokenizer.pt", ""
+    file = Path(folder) / "tokenizer.pt"
     try:
-        if file.exists():
-            storage.read(file, "tokenizer")
-        else:
-            why = f"{file} is gone"
+        why = None if file.exists() and storage.read(file, "tokenizer") else f"{file} is gone"
     except storage.CorruptFile as error:
-        why = str(error)
+        why = error
     source, stored = storage.load_latest(folder, "", "model") if why else (None, None)
     if source and "vae" in stored:
         tokenizer = unpack_tokenizer(stored["vae"], source)
@@ -195,24 +174,14 @@ def open_run(cfg: Config, source: str, machine, stack) -> Config:
     """
     folder, file = Path(cfg.run), Path(cfg.run) / "config.yaml"
     if file.resolve() == Path(source).resolve() and not any(folder.glob("*.pt")):
-        raise UserError(
-            f"run={cfg.run} is the folder of {source} itself, which would be overwritten; "
-            "choose another"
-        )
+        what = f"run={cfg.run} is the folder of {source} itself, which would be overwritten"
+        raise UserError(f"{what}; choose another")
     stack.enter_context(storage.lock(folder))
-    model = storage.list_checkpoints(folder, "")
-    tokenizer = [*storage.list_checkpoints(folder, "tokenizer_"), *folder.glob("tokenizer.pt")]
-    old = None
-    if file.exists() and (tokenizer or model):
-        try:
-            old = config.load(file)
-        except config.OldVersion:
-            raise
-        except UserError as error:
-            warn(f"{error}; what the checkpoints in {folder} say of themselves is compared instead")
+    bound = () if storage.list_checkpoints(folder, "") else storage.FIRST_STAGE
+    old = config.load(file) if file.exists() and any(folder.glob("*.pt")) else None
     precision = pick_precision(cfg, machine.device, old)
     cfg = replace(cfg, train=replace(cfg.train, precision=precision))
-    changed = storage.compare(old, cfg, folder, () if model else storage.FIRST_STAGE) if old else ""
+    changed = storage.compare(old, cfg, folder, bound) if old else ""
     if changed:
         log(f"{folder} goes on with {changed}")
     return cfg
@@ -242,13 +211,12 @@ def resume(cfg, machine, source, stage, ema, optimizer) -> int:
     stage.extra |= {"config": config.to_dict(cfg), "clips_per_step": clips}
     stage.extra["data"] = agreed_fingerprint(machine, source)
     keys = ("step", "config", "data", "clips_per_step", "net", "ema", "optimizer")
-    found = []
 
     def find():
-        found.extend(storage.load_latest(cfg.run, stage.prefix, stage.kind, keys))
-        if found[0]:
-            check_stored(cfg, stage, *found)
-        return found[0]
+        file, stored = storage.load_latest(cfg.run, stage.prefix, stage.kind, keys)
+        if file:
+            check_stored(cfg, stage, file, stored)
+        return file
 
     def begin():
         if file:
@@ -259,7 +227,7 @@ def resume(cfg, machine, source, stage, ema, optimizer) -> int:
 
     file, stored = machine.on_rank0(find), {"step": 0}
     if file:
-        stored = found[1] if found else storage.read(file, stage.kind, keys)
+        stored = storage.read(file, stage.kind, keys)
         for part, state in ((stage.net, "net"), (ema, "ema"), (optimizer, "optimizer")):
             storage.load_state(part, stored[state], file)
         _check_moments(stage.net, optimizer, file)
@@ -272,36 +240,26 @@ def _check_moments(net, optimizer, file) -> None:
         state = optimizer.state[p] if isinstance(optimizer.state[p], dict) else {}
         shapes = [getattr(state.get(name), "shape", None) for name in ("exp_avg", "exp_avg_sq")]
         if shapes != [p.shape, p.shape]:
-            why = "the optimizer's state is of another model"
-            raise UserError(f"{file} does not fit this configuration ({why})")
+            raise UserError(f"{file} has the optimizer's state of another configuration")
 
 
 def check_stored(cfg, stage, file, stored) -> None:
-    """Raise UserError if a checkpoint is not of this run.
-
-    Of other data it only warns: they may have grown on purpose.
-    """
+    """Raise UserError if a checkpoint is not of this run; other data may have grown on purpose."""
     bound = () if stage.kind == "model" else storage.FIRST_STAGE
     storage.compare(config.from_dict(stored["config"], where=str(file)), cfg, file, bound)
     if stored.get("tokenizer") != stage.extra.get("tokenizer"):
-        ours = Path(cfg.run) / "tokenizer.pt"
-        raise UserError(f"{file} was trained with another tokenizer than {ours}")
+        raise UserError(f"{file} was trained with another tokenizer than {cfg.run}/tokenizer.pt")
     then, now = stored["clips_per_step"], stage.extra["clips_per_step"]
     if then != now:
-        model = stage.kind == "model"
-        keys = "train.batch and train.accumulate" if model else "tokenizer.batch"
-        raise UserError(
-            f"{file} was trained with {then} clips a step (processes x batch x accumulate), now it "
-            f"would be {now}; choose {keys} so that the product stays"
-        )
+        keys = "train.batch x train.accumulate" if stage.kind == "model" else "tokenizer.batch"
+        what = f"{file} was trained with {then} clips a step, now it would be {now}"
+        raise UserError(f"{what}; choose {keys} so that the product with the processes stays")
     step = stored["step"]
     if type(step) is not int or not 0 < step <= stage.steps:
         raise UserError(f"{file} is at step {step} already, and this run is to have {stage.steps}")
     if stored["data"] != stage.extra["data"]:
-        warn(
-            f"the training data have changed since {file} ({stored['data']} then, "
-            f"{stage.extra['data']} now): from here on the clips are others than in an unbroken run"
-        )
+        changed = f"{stored['data']} then, {stage.extra['data']} now"
+        warn(f"the training data have changed since {file} ({changed}): the clips are others")
 
 
 # ---------------------------------------------------------------------- what can befall a run
@@ -312,10 +270,8 @@ def agreed_fingerprint(machine, source) -> str:
     mine = data.fingerprint(source)
     theirs = machine.on_rank0(lambda: mine)
     if machine.all_reduce_max(int(mine != theirs)):
-        raise UserError(
-            f"process {machine.rank} has {mine}, process 0 {theirs}: "
-            "the processes do not see the same training data"
-        )
+        what = f"process {machine.rank} has {mine}, process 0 {theirs}"
+        raise UserError(f"{what}: the processes do not see the same training data")
     return mine
 
 
@@ -326,16 +282,12 @@ def explain_errors(machine):
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        lost = re.search("connection (closed|reset)|broken pipe|read error", text, re.I)
+        lost = re.search("connection (closed|reset)|broken pipe|read error|gloo", text, re.I)
         if re.search(r"DataLoader worker \(pid", text):
-            why = (
-                f"a process that prepares data died ({text[:150]}); often memory is short, then "
-                "fewer data.workers or data.workers=0 help"
-            )
-        elif machine.ranks > 1 and lost:
-            why = f"process {machine.rank} lost another one, which has failed or was killed"
-        elif machine.ranks > 1 and (isinstance(error, dist.DistError) or "gloo" in text.lower()):
-            why = f"the processes cannot talk to each other ({text[:300]})"
+            remedy = "often memory is short, then data.workers=0 helps"
+            why = f"a process that prepares data died ({text[:150]}); {remedy}"
+        elif machine.ranks > 1 and (lost or isinstance(error, dist.DistError)):
+            why = f"process {machine.rank} lost another one, or cannot reach it ({text[:300]})"
         else:
             raise
         raise UserError(f"{why}; the same command goes on from the last checkpoint") from None
@@ -352,12 +304,9 @@ def refuse_not_finite(cfg, machine, stage, step, bad) -> None:
     if not first:
         return
     lr = "train.lr" if stage.kind == "model" else "tokenizer.lr"
-    saved = storage.steps(cfg.run, stage.prefix)
-    last = "there is no checkpoint of this stage yet"
-    if saved:
-        last = f"the last good checkpoint is {saved[0]}"
+    saved = next(iter(storage.steps(cfg.run, stage.prefix)), "none of this stage yet")
     raise UserError(
-        f"the loss, its gradient or a weight is not finite at step {first} of {stage.steps}; "
-        f"{last}. Try a smaller {lr} or train.clip, or train.precision=fp32: "
-        "these may change when a run goes on"
+        f"the loss, its gradient or a weight is not finite at step {first} of {stage.steps}; the "
+        f"last good checkpoint is {saved}. Try a smaller {lr} or train.clip, or "
+        "train.precision=fp32: these may change when a run goes on"
     )

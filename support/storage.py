@@ -1,9 +1,5 @@
 """A run's folder: one training at a time, checkpoints that survive a crash, metrics.
 
-    with lock("runs/mine"): ...                                 # a second training is refused
-    save_checkpoint(stored, "runs/mine", "", 2)                 # step_00000450.pt and latest.pt
-    file, stored = load_latest("runs/mine", "", "model", keys)  # the newest that is not damaged
-
 A folder holds config.yaml, tokenizer.pt, latest.pt and step_*.pt (tokenizer_latest.pt, ... while
 that is trained), metrics.jsonl, curves.png, samples/, for a folder of videos their index.json, and
 .lock. latest.pt is the newest step_*.pt under a second name. Files called *.damaged or *.ahead were
@@ -26,21 +22,19 @@ import torch
 from filelock import FileLock, Timeout
 
 from support import config
-from support.config import Config, UserError, user_message, warn, write_text
+from support.config import Config, UserError, replacing, user_message, warn, write_text
 
 PATIENCE = 10  # seconds to wait for a lock: a training that was just killed may still be ending
 
 
 def make_folder(path) -> Path:
     """Make a folder if need be. Raises UserError if that fails or nothing can be written to it."""
-    what = "make"
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        what = "write to"
         tempfile.TemporaryFile(dir=path).close()
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", error)
-        raise UserError(f"cannot {what} the folder {os.fspath(path)!r}: {why}") from None
+        raise UserError(f"cannot write to the folder {os.fspath(path)!r}: {why}") from None
     return Path(path)
 
 
@@ -63,19 +57,15 @@ def plain(values):
 
 
 def write_json(values: dict, path) -> None:
-    """Write values as JSON; a crash leaves the file before whole. Raises UserError."""
-    try:
-        write_text(path, json.dumps(plain(values), indent=1, allow_nan=False))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    """Write values as JSON; a crash leaves the file before whole."""
+    write_text(path, json.dumps(plain(values), indent=1, allow_nan=False))
 
 
 @contextlib.contextmanager
 def lock(folder):
     """Hold the folder, made if need be, until the block or the process ends, however it ends.
 
-    A block that has written nothing leaves no folder behind. Raises UserError if another process
-    holds it.
+    A block that has written nothing leaves no folder. Raises UserError if another process holds it.
     """
     file = make_folder(folder) / ".lock"
     held = FileLock(file)
@@ -86,10 +76,8 @@ def lock(folder):
             warn(f"{folder} is in use; waiting {PATIENCE} seconds for it")
             held.acquire(timeout=PATIENCE)
     except Timeout:
-        raise UserError(
-            f"another process is training in {folder}; stop it, or set run= to another folder "
-            f"(if there is none, delete {file})"
-        ) from None
+        remedy = f"stop it, or set run= to another folder (if there is none, delete {file})"
+        raise UserError(f"another process is training in {folder}; {remedy}") from None
     except PermissionError as error:
         raise UserError(f"cannot lock {file}: {error.strerror}") from None
     except (OSError, NotImplementedError) as error:  # file systems without locks
@@ -114,8 +102,7 @@ FREE = (
     *("train.precision", "train.compile", "train.recompute"),
     *("train.save_every", "train.preview_every", "train.keep"),
 )
-# Keys of sampling alone, which are not compared.
-SAMPLING = ("sample.", "choice.cfg", "choice.temperature", "choice.solver_steps")
+SAMPLING = ("cfg", "temperature", "solver_steps")  # keys of `choice` that training does not read
 # Keys that a tokenizer depends on; as long as there is no model, the others may change too.
 FIRST_STAGE = ("seed", "data.", "tokenizer.", "train.ema", "train.warmup", "train.weight_decay")
 
@@ -127,14 +114,14 @@ def compare(old: Config, cfg: Config, where, bound=(), free=FREE) -> str:
     one of its names are compared so strictly.
     """
     then, now = config.flat(old), config.flat(cfg)
-    ignored = SAMPLING if old.choice.latent or cfg.choice.latent else (*SAMPLING, "choice.")
-    differ = [k for k in now if now[k] != then[k] and k != "run" and not k.startswith(ignored)]
+    latent = old.choice.latent or cfg.choice.latent
+    ignored = ("run", "sample.", *(f"choice.{key}" for key in (SAMPLING if latent else [""])))
+    differ = [k for k in now if now[k] != then[k] and not k.startswith(ignored)]
     refused = [k for k in differ if k not in free and (not bound or k.startswith(bound))]
     if refused:
         what = ", ".join(f"{k} ({then[k]} there, {now[k]} now)" for k in refused)
-        raise UserError(
-            f"{where} was made with another configuration: {what}; set run= to another folder"
-        )
+        other = f"{where} was made with another configuration"
+        raise UserError(f"{other}: {what}; set run= to another folder")
     return ", ".join(f"{k}={now[k]} ({then[k]} before)" for k in differ)
 
 
@@ -146,34 +133,18 @@ class CorruptFile(UserError):
 
 
 def write(stored: dict, path) -> None:
-    """Write tensors and plain values to a temporary name, flush, rename.
-
-    A crash leaves the file before whole. Raises UserError for a full disk and the like.
-    """
-    aside = Path(f"{path}.tmp")
+    """Write tensors and plain values whole or not at all. Raises UserError, as of a full disk."""
     try:
-        with open(aside, "wb") as file:
+        with replacing(path) as file:
             torch.save(stored, file)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(aside, path)
     except (OSError, RuntimeError) as error:
         cause = error
         while cause and not isinstance(cause, OSError):  # torch raises a RuntimeError on top of it
             cause = cause.__context__
-        with contextlib.suppress(OSError):
-            aside.unlink()
         if cause is None:
             raise
-        raise UserError(
-            f"cannot write {path}: {cause.strerror}; what was saved before is whole, "
-            "the same command goes on from it"
-        ) from None
-
-
-def rename(aside, path) -> None:
-    """Put `aside` in the place of `path` and flush the folder's entry."""
-    os.replace(aside, path)
+        kept = "what was saved before is whole, the same command goes on from it"
+        raise UserError(f"cannot write {path}: {cause.strerror}; {kept}") from None
     flush(Path(path).parent)
 
 
@@ -193,37 +164,24 @@ def read(path, kind: str, keys=()) -> dict:
     Raises CorruptFile, and UserError for a file that is missing, of another `kind` or without
     one of `keys`.
     """
-    damaged = f"{path} is damaged or no checkpoint of this project"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
             warnings.simplefilter("ignore")  # torch warns of odd pickles before it refuses them
-            _check_zip(path)
+            # torch compares no checksums, and skips files that are marked as folders.
+            if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
+                raise zipfile.BadZipFile("a checksum or the list of contents does not match")
             stored = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}") from None
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a damaged file leads to impossible positions
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-        raise CorruptFile(f"{damaged} ({error.strerror})") from None
     except Exception as error:  # zipfile and torch raise many types for damaged files
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # an impossible position
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
         if user_message(error):
             raise  # the machine's fault, not the file's: short of memory
-        why = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise CorruptFile(f"{damaged} ({why})") from None
+        damaged = "is damaged or no checkpoint of this project"
+        raise CorruptFile(f"{path} {damaged} ({error!r:.150})") from None
     whole = isinstance(stored, dict) and stored.get("kind") == kind
     if not whole or any(key not in stored for key in keys):
         raise UserError(f"{path} is not a {kind} checkpoint of this project")
     return stored
-
-
-def _check_zip(path) -> None:
-    """Compare the checksums of a .pt file, which torch does not. Raises BadZipFile."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
-        if any(entry.external_attr for entry in archive.infolist()):
-            raise zipfile.BadZipFile("its list of contents has changed")  # torch skips folders
 
 
 def load_state(module, state, path) -> None:
@@ -231,8 +189,7 @@ def load_state(module, state, path) -> None:
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[-1].strip()[:150]
-        raise UserError(f"{path} does not fit this configuration ({why})") from None
+        raise UserError(f"{path} does not fit this configuration ({error!r:.250})") from None
 
 
 def save_checkpoint(stored: dict, folder, prefix: str, count: int) -> None:
@@ -248,9 +205,10 @@ def save_checkpoint(stored: dict, folder, prefix: str, count: int) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(file, aside)
         flush(aside)
-    rename(aside, latest)
+    os.replace(aside, latest)
+    flush(folder)
     for old in steps(folder, prefix)[count:]:
-        old.unlink(missing_ok=True)
+        old.unlink()
 
 
 def steps(folder, prefix: str) -> list[Path]:
@@ -275,28 +233,25 @@ def load_latest(folder, prefix: str, kind: str, keys=()):
 
     Damaged ones are said on stderr. Raises UserError if there are checkpoints and none is whole.
     """
-    damaged = []
+    damaged = ""
     for file in list_checkpoints(folder, prefix):
         try:
             stored = read(file, kind, keys)
         except CorruptFile as error:
-            damaged.append(str(error))
+            damaged += f"{error}; "
             continue
         if damaged:
-            warn(f"{'; '.join(damaged)}: {file.name} of step {stored.get('step')} is used")
+            warn(f"{damaged}{file.name} of step {stored.get('step')} is used")
         return file, stored
     if damaged:
-        raise UserError(
-            f"{'; '.join(damaged)}: no whole checkpoint is left in {folder}; "
-            "move them away to begin again"
-        )
+        raise UserError(f"{damaged}no whole checkpoint is left; move them away to begin again")
     return None, None
 
 
 def clean_up(folder, prefix: str, chosen: Path, step: int) -> None:
-    """Set aside the files that do not belong to a run that goes on from `chosen`, of that step.
+    """Set aside what does not belong to a run that goes on from `chosen`, of that step.
 
-    These are damaged checkpoints, those ahead of it, and what a crash left half written.
+    Damaged checkpoints and those ahead of it are renamed; what is half written is deleted.
     """
     for file in list_checkpoints(folder, prefix):
         if file == chosen:
@@ -304,10 +259,7 @@ def clean_up(folder, prefix: str, chosen: Path, step: int) -> None:
         file.rename(f"{file}.damaged")
     for file in steps(folder, prefix):
         if _step(file) > step:
-            warn(
-                f"{file.name} lies ahead of {chosen.name}, from which training goes on; "
-                f"it is kept as {file.name}.ahead"
-            )
+            warn(f"{file.name} lies ahead of {chosen.name} and is kept as {file.name}.ahead")
             file.rename(f"{file}.ahead")
     for file in Path(folder).glob(f"{prefix}*.pt.tmp"):
         file.unlink()

@@ -85,7 +85,7 @@ def test_a_file_gives_back_the_same_tokenizer(tmp_path):
 
 def test_wrong_files_are_refused_in_words(tmp_path):
     net, file = build(), tmp_path / "t.pt"
-    with pytest.raises(UserError, match="there is no"):
+    with pytest.raises(UserError, match="No such file"):
         runs.load_tokenizer(file)
     runs.save_tokenizer(net, file)
     with pytest.raises(UserError, match="tokenizer.stride=4, the configuration says 2"):

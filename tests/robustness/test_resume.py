@@ -355,7 +355,7 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(train_here, copies):
     err = error_line(*train_here(run, "train.steps=5"))
     assert f"{file}: model.canvas_gradient is a key of an earlier version" in err
     assert "a867726" in err and files_below(run) == before
-    with pytest.raises(config.OldVersion, match="model.canvas_gradient is a key of an earlier"):
+    with pytest.raises(config.UserError, match="model.canvas_gradient is a key of an earlier"):
         runs.load_run(run, torch.device("cpu"))
 
 

@@ -132,7 +132,7 @@ def test_script_predicts_from_nothing_and_far_beyond_the_window(trained, tmp_pat
 def test_script_refuses_an_output_that_is_a_file(trained, tmp_path, sample_here):
     (tmp_path / "taken").touch()
     _, err = sample_here("--ckpt", trained, "--out", tmp_path / "taken", expect=2)
-    assert "cannot make the folder" in err and len(err.strip().splitlines()) == 1
+    assert "cannot write to the folder" in err and len(err.strip().splitlines()) == 1
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder root cannot write to")
@@ -164,7 +164,7 @@ def test_script_continues_a_video_of_the_user(trained, tmp_path, sample_here):
 
 
 BAD = {
-    "there is no": ["--ckpt", "{run}/none.pt"],
+    "No such file": ["--ckpt", "{run}/none.pt"],
     "no latest.pt": ["--ckpt", "{run}/samples"],
     "is not a model checkpoint": ["--ckpt", "{run}/tokenizer.pt"],
     "damaged or no checkpoint": ["--ckpt", "{run}/config.yaml"],

@@ -260,7 +260,7 @@ def test_results_that_cannot_be_written_are_found_before_the_trainings(plan, mon
     Path("results").mkdir(exist_ok=True)
     Path("results/taken").touch()
     monkeypatch.setattr(evidence, "train_one", lambda *_: pytest.fail("trains"))
-    with pytest.raises(UserError, match="cannot make the folder"):
+    with pytest.raises(UserError, match="cannot write to the folder"):
         evidence.train(replace(plan, name="taken"))
 
 
