@@ -106,6 +106,7 @@ def write_gif(samples, truth, context, path, clips=8, fps=4, pixels=96):
 
     videos = [samples] if truth is None else [truth[:, : samples.shape[1]], samples]
     both = np.concatenate([video[:clips] for video in videos])
+    both = np.pad(both, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
     movie = tile(both, len(both) // len(videos), max(1, pixels // samples.shape[3]))
     bar = np.full_like(movie[:, :6], 150)
     bar[context:] = (60, 180, 75)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from canvas import CanvasMAR
+from extensions.choice import ChoosingCanvasMAR
 from support import config, data, storage
 from support.config import Config, UserError, log, warn
 from support.fast import to_precision
@@ -19,8 +20,6 @@ from tokenizer import Tokenizer
 
 def build_model(cfg: Config) -> CanvasMAR:
     """Return a new model: the paper's, or the extension's where the configuration asks for it."""
-    from extensions.choice import ChoosingCanvasMAR  # extensions import the scripts, so not above
-
     return ChoosingCanvasMAR(cfg) if cfg.choice.latent else CanvasMAR(cfg)
 
 
@@ -37,6 +36,7 @@ def load_run(path, device, args=None) -> tuple[Config, CanvasMAR, Tokenizer]:
 
     Of a folder it is the newest checkpoint that is not damaged. Where the videos are and what to
     sample is read from the config.yaml beside it, and from the options of `add_options` in `args`.
+    Call the networks under `autocast(device, cfg.train.precision)`: bf16 weights are rounded here.
     Raises UserError if a file is missing, damaged or of another kind, or the options do not fit.
     """
     file, keys = Path(path), ("config", "vae", "ema")

@@ -189,7 +189,8 @@ def load_state(module, state, path) -> None:
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        raise UserError(f"{path} does not fit this configuration ({error!r:.250})") from None
+        why = " ".join(str(error).split())[:250]
+        raise UserError(f"{path} does not fit this configuration ({why})") from None
 
 
 def save_checkpoint(stored: dict, folder, prefix: str, count: int) -> None:

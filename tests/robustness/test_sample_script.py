@@ -77,7 +77,7 @@ def test_the_gif_shows_all_frames_of_truth_and_samples_and_marks_what_was_given(
     pictures.write_gif(samples, samples if truth else None, context, path)
     with Image.open(path) as gif:
         assert gif.n_frames == 5 and gif.info["loop"] == 0
-        assert gif.size == (3 * 96, 96 * (1 + truth) + 6)
+        assert gif.size == (3 * 99, 99 * (1 + truth) + 6)
         bars = []
         for t in range(5):
             gif.seek(t)
