@@ -43,6 +43,10 @@ def run_main(main):
     sys.stdout.reconfigure(errors="replace")  # of a console that cannot show all characters
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        sys.stdout = open(os.devnull, "w")
+        status = 1
     except SystemExit as stop:
         status = stop.code
     except KeyboardInterrupt:

@@ -24,7 +24,7 @@ def test_recipes_have_the_sizes_of_the_docs_and_state_only_what_differs(name, mi
         parameters = sum(p.numel() for p in CanvasMAR(cfg).parameters())
     assert parameters / 1e6 == pytest.approx(millions, abs=0.05)
     assert (cfg.data.size, cfg.data.frames, cfg.sample.frames) == (64, 16, 16)
-    assert cfg.model.window == 16
+    assert cfg.model.window == 8
     base, mine = config.flat(config.load(file.parent / own.pop("base"))), config.flat(cfg)
     stated = {
         f"{section}.{key}" if isinstance(values, dict) else section

@@ -184,6 +184,15 @@ def test_a_closed_console_ends_no_program():
     assert process.returncode == 2 and process.stderr.startswith(b"error: ")
 
 
+def test_a_reader_that_leaves_early_is_no_error_to_speak_of():
+    here, there = os.pipe()
+    os.close(here)
+    command = [sys.executable, ROOT / "train.py", "--help"]
+    process = subprocess.run(command, stdout=there, stderr=subprocess.PIPE)
+    os.close(there)
+    assert (process.returncode, process.stderr) == (1, b"")
+
+
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     keys = ["run", "data.path", "data.test_list", "tokenizer.checkpoint"]

@@ -110,7 +110,8 @@ def test_the_sampler_compiles_each_of_its_shapes_once(counters, monkeypatch):
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 5e-2)])
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler")
-def test_compiled_sampling_equals_eager(counters, precision, tolerance):
+def test_compiled_sampling_equals_eager(counters, precision, tolerance, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # no other process writes there
     model = tiny_model()
     fast.to_precision(precision, model)
     x, opts = latents(model, 2, 2), options(model, 2, steps=2, cfg_temporal=1.5, cfg_canvas=1.5)
