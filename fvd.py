@@ -75,8 +75,9 @@ HALF_LEVEL = 0.5 / 127.5  # half of one of 255 grey levels: what rounding moves 
 def set_scores(real, fake, standardise=False, slow=True) -> dict[str, float]:
     """Return `frechet` (0 is best); if `slow`, of 8 clips or more, `kvd`, `precision`, `recall`.
 
-    Features (n, F), (m, F). `standardise`: by mean and standard deviation of the real set, the
-    latter at least HALF_LEVEL: what hardly varies there must not make much of what nobody sees.
+    Features (n, F), (m, F). `standardise`: by mean and standard deviation of the real set, which
+    has a floor, HALF_LEVEL: a feature that is nearly constant there must not dominate. Features of
+    the offline detector are on the scale of pixels.
     """
     check_counts(len(real), len(fake))
     if standardise:
@@ -89,15 +90,15 @@ def set_scores(real, fake, standardise=False, slow=True) -> dict[str, float]:
     return scores
 
 
-def summarise(detectors, got, trajectories: list[str], pooled: bool, slow=True) -> dict:
-    """Return the figures of what `collect` got; trajectories: the kinds that are samples.
+def summarise(detectors, collected, trajectories: list[str], pooled: bool, slow=True) -> dict:
+    """Return the figures of `collect`'s result; trajectories: the kinds that are samples.
 
     `mean` and `std` of a set score are over trajectories, `pooled` takes all of them as one set.
     """
     pooled = pooled and len(trajectories) > 1
     sets = {}
     for d in detectors:
-        f = got.features[d.name]
+        f = collected.features[d.name]
         kinds = {"pooled": torch.cat([f[kind] for kind in trajectories])} if pooled else {}
         kinds |= {kind: f[kind] for kind in ("floor", "reconstruction") if kind in f}
         each = [set_scores(f["real"], f[kind], d.standardise, slow) for kind in trajectories]
@@ -113,9 +114,9 @@ def summarise(detectors, got, trajectories: list[str], pooled: bool, slow=True) 
         "trajectories": len(trajectories),
         "set_scores_are": "all samples as one set" if pooled else "mean over samples",
         "detectors": sets,
-        "losses": got.losses,
-        **frame_figures(got.frames, trajectories),
-        **object_figures(got.objects, trajectories),
+        "losses": collected.losses,
+        **frame_figures(collected.frames, trajectories),
+        **object_figures(collected.objects, trajectories),
     }
 
 
@@ -139,7 +140,7 @@ def frame_figures(frames: dict, trajectories: list[str]) -> dict:
 
 
 def samples(run: Run, seed: int, opts=None):
-    """Return a kind of video (see `collect`): test clips continued; (seed, index) decides each."""
+    """Return f(real, indices) -> videos that continue test clips; (seed, index) decides each."""
 
     def continued(real, indices):
         context, settings = real[:, : run.cfg.sample.context].to(run.device), opts or run.cfg.sample
@@ -158,9 +159,9 @@ def score_run(args):
     detectors = metrics.open_detectors(args.i3d, run.device)
     count = args.trajectories or protocol.trajectories
     kinds = {f"seed {run.seed + j}": samples(run, run.seed + j) for j in range(count)}
-    made = {"reconstruction": run.reconstruction} | kinds
-    got = collect(run, made, detectors, floor=True)
-    scores = run.describe() | summarise(detectors, got, list(kinds), protocol.pooled)
+    videos = {"reconstruction": run.reconstruction} | kinds
+    collected = collect(run, videos, detectors, floor=True)
+    scores = run.describe() | summarise(detectors, collected, list(kinds), protocol.pooled)
     storage.write_json(scores, file)
     report.report(scores)
     print(f"written to {file}")
