@@ -363,7 +363,7 @@ def main():
     add("--gpus", type=int, default=8, help="cost: processes of the training")
     add("--peak", type=float, default=989, help="cost: TFLOP/s of a GPU (default: H100, bf16)")
     add("--mfu", type=float, default=0.4, help="cost: share of the peak that is reached")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if "=" in args.config and not Path(args.config).exists():  # overrides of the default one
         args.config, args.overrides = "config.yaml", [args.config, *args.overrides]
     for name in ("repeats", "gpus", "peak", "mfu"):

@@ -6,6 +6,7 @@ Writes sweep.json, sweep.md and sweep.png to --out: mean and standard deviation 
 seeds of one training.
 """
 
+import argparse
 import itertools
 from collections import defaultdict
 from pathlib import Path
@@ -145,16 +146,19 @@ def draw(rows, path) -> None:
 
 
 def integers(text: str) -> list[int]:
-    """Parse 0,1,2. Raises ValueError, of which argparse makes a message."""
-    numbers = [int(word) for word in text.split(",")]
-    if min(numbers) < 0:
-        raise ValueError
-    return numbers
+    """Parse 0,1,2."""
+    if not all(word.isdecimal() for word in text.split(",")):
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form 0,1,2")
+    return [int(word) for word in text.split(",")]
 
 
 def scales(text: str) -> list[tuple[float, float]]:
-    """Parse 1:1,1.5:2. Raises ValueError."""
-    return [(float(w_t), float(w_s)) for w_t, w_s in (pair.split(":") for pair in text.split(","))]
+    """Parse 1:1,1.5:2."""
+    try:
+        pairs = [pair.split(":") for pair in text.split(",")]
+        return [(float(w_t), float(w_s)) for w_t, w_s in pairs]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form w_t:w_s,w_t:w_s") from None
 
 
 def main():

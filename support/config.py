@@ -39,7 +39,8 @@ def run_main(main):
     The exit status is then 2, and 130 after ctrl-c. A bug keeps its traceback.
     """
     status = 0
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # either may be closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace")  # of a console that cannot show all characters
     try:
         main()
@@ -323,7 +324,7 @@ def _read(path: Path, seen: tuple) -> dict:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("base", ""), str):
         raise UserError(f"{path} holds no keys, or a `base` that is not the path of a file")
@@ -363,9 +364,10 @@ def build(kind, tree, prefix: str, where: str):
             values[name] = build(f.type, tree[name], f"{name}.", where)
         elif name in tree:
             values[name] = _value(f, tree[name], f"{where}: {prefix}{name}")
-        elif f.default is dataclasses.MISSING:
-            hint = "`base: config.yaml` as first line supplies the defaults"
-            raise UserError(f"{where}: missing {prefix}{name}; {hint}")
+    required = [name for name, f in fields.items() if f.default is dataclasses.MISSING]
+    if missing := ", ".join(prefix + name for name in required if name not in tree):
+        hint = "`base: config.yaml` as first line supplies the defaults"
+        raise UserError(f"{where}: missing {missing}; {hint}")
     return kind(**values)
 
 

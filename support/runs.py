@@ -178,7 +178,11 @@ def open_run(cfg: Config, source: str, machine, stack) -> Config:
         raise UserError(f"{what}; choose another")
     stack.enter_context(storage.lock(folder))
     bound = () if storage.list_checkpoints(folder, "") else storage.FIRST_STAGE
-    old = config.load(file) if file.exists() and any(folder.glob("*.pt")) else None
+    try:
+        old = config.load(file) if file.exists() and any(folder.glob("*.pt")) else None
+    except UserError as error:
+        hint = "if it was edited, delete it: the checkpoints hold the same"
+        raise UserError(f"{error}; {hint}") from None
     precision = pick_precision(cfg, machine.device, old)
     cfg = replace(cfg, train=replace(cfg.train, precision=precision))
     changed = storage.compare(old, cfg, folder, bound) if old else ""
