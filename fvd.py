@@ -204,8 +204,6 @@ def score_files(args):
 def main():
     """The command line. Raises UserError."""
     words = sys.argv[1:]
-    if words[:1] in (["sanity"], ["sweep"]):
-        raise UserError(f"that is `python -m studies.{words[0]} --ckpt RUN` now; see its --help")
     of_run = any(word.split("=")[0] == "--ckpt" for word in words)
     description, uses = __doc__.split("\n\n")[:2]
     raw = argparse.RawDescriptionHelpFormatter

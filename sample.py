@@ -8,7 +8,6 @@ Writes samples.npz, samples.mp4, samples.gif, grid.png (truth above sample) and 
 frame comes about).
 """
 
-import os
 from dataclasses import dataclass
 
 from support import config  # first: it sets how OpenMP's threads wait, which torch reads
@@ -138,9 +137,8 @@ def write_samples(
         arrays = {"samples": samples, "context": np.array(opts.context)}
         if has_truth:
             arrays["truth"] = truth
-        with open(out / "samples.npz.tmp", "wb") as file:
+        with config.replacing(out / "samples.npz") as file:
             np.savez_compressed(file, **arrays)
-        os.replace(out / "samples.npz.tmp", out / "samples.npz")
         pictures.draw_steps(first, tokenizer, samples, truth, opts.context, out / "steps.png")
     pictures.draw_grid(samples, truth, opts.context, out / "grid.png")
     pictures.write_gif(samples, truth, opts.context, out / "samples.gif")

@@ -78,11 +78,10 @@ class ChoosingCanvasMAR(CanvasMAR):
         return self.prior.sample(c, o.temperature * eps, o.solver_steps, weights=weights)
 
     def draw(self, generators, frames, ratio=None):
+        """As of CanvasMAR, and after it what w needs: see `ChoiceDraws`."""
         draws, o = super().draw(generators, frames, ratio), self.choice
-        rand, randn = (
-            partial(per_clip, torch.rand, generators),
-            partial(per_clip, torch.randn, generators),
-        )
+        rand = partial(per_clip, torch.rand, generators)
+        randn = partial(per_clip, torch.randn, generators)
         return ChoiceDraws(
             **vars(draws),
             w_noise=randn(frames, o.latent),

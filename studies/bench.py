@@ -8,9 +8,7 @@
 Weights and clips are made up, times are medians over --repeats. --json FILE keeps all figures.
 """
 
-import contextlib
 import copy
-import importlib
 import os
 import platform
 import statistics
@@ -198,11 +196,12 @@ def peak_memory(device) -> int:
     """Return bytes: of tensors on a GPU, else of the whole process; 0 if the system cannot say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(ImportError):
-        resource = importlib.import_module("resource")  # not on Windows
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return 0
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def training_pairs(t) -> dict:

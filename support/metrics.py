@@ -47,6 +47,7 @@ class Offline(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, video):
+        """Return the features (B, 91) of uint8 (B, T, H, W, 3)."""
         x = video.movedim(-1, 1).float() / 127.5 - 1  # (B, 3, T, H, W)
         features = [x.mean((2, 3, 4))]
         for conv in self.convs:
@@ -77,6 +78,7 @@ class I3D(nn.Module):
         self.path = path
 
     def forward(self, video):
+        """Return the logits (B, 400) of uint8 (B, T, H, W, 3), T >= 9 or so. Raises UserError."""
         x, expected = video.movedim(-1, 1).float(), (len(video), 400)
         try:
             features = self.net(x, rescale=True, resize=True, return_features=True)

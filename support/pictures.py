@@ -1,7 +1,6 @@
 """Pictures and videos for the eye: grids of frames, training curves, MP4 and GIF."""
 
 import math
-import os
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 from einops import rearrange
 
 from support import storage
-from support.config import warn
+from support.config import replacing, warn
 from support.video import to_uint8
 
 
@@ -86,7 +85,7 @@ def write_mp4(video, path, fps=8, scale=4) -> bool:
         warn(f"{path} is not written: that needs PyAV with libx264 (pip install av)")
         return False
     movie = tile(video, math.ceil(math.sqrt(len(video))), scale)
-    with av.open(os.path.abspath(path), "w") as container:  # a:b.mp4 is not the protocol a
+    with replacing(path) as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16"})
         stream.pix_fmt = "yuv420p"
         _, stream.height, stream.width, _ = movie.shape
@@ -115,7 +114,9 @@ def write_gif(samples, truth, context, path, clips=8, fps=4, pixels=96):
         for image in np.concatenate([bar, movie], axis=1)
     ]
     durations = [1000 // fps] * (len(images) - 1) + [1000]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+    with replacing(path) as file:
+        options = dict(save_all=True, append_images=images[1:], duration=durations, loop=0)
+        images[0].save(file, "GIF", **options)
 
 
 PANELS = {  # stage: keys of metrics.jsonl in its three panels

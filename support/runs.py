@@ -216,10 +216,13 @@ def resume(cfg, machine, source, stage, ema, optimizer) -> int:
     stage.extra["data"] = agreed_fingerprint(machine, source)
     keys = ("step", "config", "data", "clips_per_step", "net", "ema", "optimizer")
 
+    found = {}  # what rank 0 has read already
+
     def find():
         file, stored = storage.load_latest(cfg.run, stage.prefix, stage.kind, keys)
         if file:
             check_stored(cfg, stage, file, stored)
+            found.update(stored)
         return file
 
     def begin():
@@ -231,7 +234,7 @@ def resume(cfg, machine, source, stage, ema, optimizer) -> int:
 
     file, stored = machine.on_rank0(find), {"step": 0}
     if file:
-        stored = storage.read(file, stage.kind, keys)
+        stored = found or storage.read(file, stage.kind, keys)
         for part, state in ((stage.net, "net"), (ema, "ema"), (optimizer, "optimizer")):
             storage.load_state(part, stored[state], file)
         _check_moments(stage.net, optimizer, file)

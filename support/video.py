@@ -217,9 +217,7 @@ def _open(path: Path):
         streams = [s for s in container.streams.video if not s.disposition & ATTACHED]
         if not streams:
             raise Unreadable("no video stream")
-        stream = max(
-            streams, key=lambda stream: stream.disposition & DEFAULT
-        )  # of equals the first
+        stream = max(streams, key=lambda s: s.disposition & DEFAULT)  # of equals the first
         if stream.codec_context is None or stream.codec_context.width < 1:
             raise Unreadable("no decoder for its video, or no frame size")
         stream.codec_context.thread_count = 1

@@ -146,9 +146,13 @@ vae = Section(stride=8, channels=2, width=4, kl_weight=1e-4)
 cfg = Section(model=model, grid=4, tokenizer=vae, train=Section(recompute=False))
 f = Tokenizer(vae).encode(torch.rand(2, 3, 3, 32, 32))
 net = CanvasMAR(cfg)
-net(f, net.draw([clip_generator(0, i) for i in range(2)], 3))[0].backward()
+loss, _ = net(f, net.draw([clip_generator(0, i) for i in range(2)], 3))
+loss.backward()
+print(all(p.grad is not None for p in net.parameters()), loss.item() > 0)
 """)
-    subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, check=True)
+    command = [sys.executable, "mine.py"]
+    said = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert said.stdout == "True True\n"
 
 
 @pytest.mark.parametrize("name", ["bench", "evidence", "sanity", "sweep"])

@@ -136,12 +136,14 @@ def test_options_of_folders_are_refused_where_there_are_none(arrays, tmp_path):
     call(fvd.main, arrays[0], tmp_path / "png", *FOLDERS)  # of the folder
 
 
-def test_what_lies_beside_the_clips_in_an_npz_does_not_matter(arrays):
+def test_what_lies_beside_the_clips_in_an_npz_does_not_matter(arrays, tmp_path):
+    call(fvd.main, *arrays, "--out", tmp_path / "alone.json")
     with zipfile.ZipFile(arrays[0], "a") as file:
         file.writestr("readme.txt", "one clip a row")
     held = dict(np.load(arrays[1]))
     np.savez(arrays[1], **held, note="text", made={"by": "hand"})
-    call(fvd.main, *arrays)
+    call(fvd.main, *arrays, "--out", tmp_path / "beside.json")
+    assert strict(tmp_path / "beside.json") == strict(tmp_path / "alone.json")
 
 
 def test_files_without_clips_are_named(arrays, tmp_path):

@@ -193,11 +193,11 @@ def test_a_reader_that_leaves_early_is_no_error_to_speak_of():
     assert (process.returncode, process.stderr) == (1, b"")
 
 
-def test_a_tilde_is_the_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     keys = ["run", "data.path", "data.test_list", "tokenizer.checkpoint"]
     cfg = config.load(DEFAULT, ["data.name=folder", *(f"{key}=~/x" for key in keys)])
-    assert [config.flat(cfg)[key] for key in keys] == ["/home/me/x"] * 4
+    assert [config.flat(cfg)[key] for key in keys] == [f"{tmp_path}/x"] * 4
     assert config.load(DEFAULT, ["run=a~/b"]).run == "a~/b"
 
 

@@ -255,12 +255,13 @@ def test_decoding_in_portions_changes_nothing(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_steps_do_not_wait_and_compiled_sampling_equals_eager(counters):
-    model, device = tiny_model().cuda(), torch.device("cuda")
+    device = torch.device("cuda")
+    model = tiny_model().to(device)
     ema, optimizer = (
-        tiny_model().cuda().requires_grad_(False),
+        tiny_model().to(device).requires_grad_(False),
         train.make_optimizer(model, 1e-3, 0.1, device),
     )
-    f = latents(model).cuda()
+    f = latents(model).to(device)
     try:
         for mode in ("default", "error"):  # the first step may allocate and choose kernels
             torch.cuda.set_sync_debug_mode(mode)
@@ -272,7 +273,9 @@ def test_cuda_steps_do_not_wait_and_compiled_sampling_equals_eager(counters):
         lambda opts: torch.stack(
             [
                 f.latent
-                for f in sample.generate(model.eval(), latents(model, 2, 2).cuda(), opts, 0, [0, 1])
+                for f in sample.generate(
+                    model.eval(), latents(model, 2, 2).to(device), opts, 0, [0, 1]
+                )
             ]
         ),
         options(model, 2, frames=12),

@@ -148,10 +148,8 @@ def test_the_offline_detector_is_the_same_everywhere_and_says_what_it_is():
     )
 
 
-def test_scores_are_torch_fidelitys_with_our_detector(fidelity):
-    video = np.random.default_rng(0).integers(0, 256, (48, 4, 16, 16, 3), np.uint8)
-    video[24:] //= 2
-    detector = metrics.Offline()
+def register_our_detector(fidelity, detector):
+    """Let torch-fidelity know the detector as "offline"; return the class of its inputs."""
 
     class Clips(torch.utils.data.Dataset):
         def __init__(self, clips):
@@ -176,6 +174,14 @@ def test_scores_are_torch_fidelitys_with_our_detector(fidelity):
         can_be_compiled = staticmethod(lambda: False)
 
     fidelity.register_feature_extractor("offline", Extractor)
+    return Clips
+
+
+def test_scores_are_torch_fidelitys_with_our_detector(fidelity):
+    video = np.random.default_rng(0).integers(0, 256, (48, 4, 16, 16, 3), np.uint8)
+    video[24:] //= 2
+    detector = metrics.Offline()
+    Clips = register_our_detector(fidelity, detector)
     ours = fvd.set_scores(
         *(metrics.detect_features(detector, v) for v in video.reshape(2, 24, 4, 16, 16, 3))
     )
