@@ -26,27 +26,27 @@ class CanvasMAR(nn.Module):
         self.cfg, self.tokens, self.channels = m, grid**2, channels
         self.start = nn.Parameter(torch.zeros(self.tokens, channels))  # stands before frame 1
         self.null = nn.Parameter(torch.zeros(m.width))  # stands for a dropped z_t
-        self.temporal = Temporal(channels, m.width, m.heads, m.temporal_depth, grid, m.window)
+        sizes = (channels, m.width, m.heads)
+        self.temporal = Temporal(*sizes, m.temporal_depth, grid, m.window, m.tell_noise)
         self.canvas = None  # the baseline: one uniform [MASK] token
         if m.canvas:
-            self.canvas = Canvas(channels, m.width, m.heads, m.canvas_depth, grid, m.canvas_change)
-        self.mar = MAR(channels, m.width, m.heads, m.mar_depth, grid)
+            self.canvas = Canvas(*sizes, m.canvas_depth, grid, m.canvas_change)
+        self.picture = m.canvas and m.canvas_as == "picture"
+        self.mar = MAR(*sizes, m.mar_depth, grid)
         self.head = DiffLoss(channels, m.width, m.head_width, m.head_depth)
         self.set_recompute(cfg.train.recompute)
 
     def forward(self, f, draws: "Draws"):
-        """Return (loss, logs) of clips f (B, T, N, C).  L = L_diff + lambda L_canvas."""
-        # prev[i] is frame i-1, noisy. Reported (Eq. 11, unchecked): (1 - r) f + r eps, r of
-        # U[0.2, 0.6], on the latest frame; that noise is added, to all of them, is ours.
-        start = self.start.expand(len(f), 1, -1, -1)
-        noisy = f[:, :-1] + draws.context_sigma * draws.context_eps
-        prev = torch.cat([start, noisy], dim=1)  # (B, T, N, C)
-        z_t = self.temporal(prev)  # (B, T, N, D)  of earlier frames only
-        z_s, f_hat, extra = self.predict_canvas(z_t, prev, f, draws)  # (B, T, N, D), (B, T, N, C)
-        l_canvas = 0.0 if f_hat is None else (f_hat.float() - f).square().mean()
-        l_canvas = self.cfg.canvas_weight * l_canvas + sum(extra.values())  # extra: of subclasses
+        """Return (loss, logs) of clips f (B, T, N, C).  L = L_diff + lambda L_canvas + L_static."""
+        past = torch.cat([self.start.expand(len(f), 1, -1, -1), f[:, :-1]], dim=1)
+        # Reported (Eq. 11, unchecked): noise on the latest frame; on all that is read, ours.
+        prev = add_noise(past, draws.frame_eps, draws.frame_noise)  # (B, T, N, C)  frame i-1 at i
+        z_t = self.temporal(prev if self.cfg.noisy_past else past, level=draws.frame_noise)
+        z_s, f_hat, static, extra = self.predict_canvas(z_t, prev, f, draws)
+        l_canvas, logs = self.canvas_losses(f, f_hat, static)
+        l_canvas = l_canvas + sum(extra.values())  # of subclasses
 
-        z_s = z_s + draws.canvas_sigma * draws.canvas_eps  # (B, T, N, D)  z_s', augmented
+        z_s = add_noise(z_s, draws.canvas_eps, draws.canvas_noise)  # (B, T, N, D)  z_s', Eq. 12
         # For guidance a clip loses either condition. The canvas always sees z_t.
         z_t = torch.where(draws.drop_temporal, self.null.to(z_t.dtype), z_t)
         z_s = torch.where(draws.drop_canvas, torch.zeros_like(z_s), z_s)
@@ -57,22 +57,30 @@ class CanvasMAR(nn.Module):
         target = gather_tokens(f.flatten(1, 2), draws.index)  # (B, K, C)
         l_diff = self.head(target, c, draws.tau, draws.eps).mean()
 
-        loss = l_diff + l_canvas  # L = L_diff + lambda L_canvas; both train the canvas network
-        logs = {"loss": loss, "diffusion": l_diff, **extra}
-        if f_hat is not None:  # of frames 2..T: a canvas no better than a copy has learned nothing
-            logs["canvas"] = (f_hat.float() - f).square()[:, 1:].mean()
-            logs["copy"] = (f[:, 1:] - f[:, :-1]).square().mean()
+        loss = l_diff + l_canvas  # both train the canvas network
+        logs = {"loss": loss, "diffusion": l_diff} | extra | logs
         return loss, {name: value.detach() for name, value in logs.items()}
 
     def predict_canvas(self, z_t, prev, target=None, draws=None, generators=None):
-        """Return z_s (..., N, D), its picture f_hat (..., N, C) and {name: further loss}.
+        """Return z_s (..., N, D), its picture f_hat (..., N, C), static (..., N), {name: loss}.
 
-        z_t (..., N, D), prev (..., N, C). The paper's canvas needs no more. Training also passes
-        the true frames and the draws, sampling a generator for each clip, for subclasses.
+        z_t (..., N, D), prev (..., N, C). The rest is for subclasses: the true frames and draws in
+        training, a generator a clip in sampling. Without a canvas z_s is zero, the others None.
         """
         if self.canvas is None:
-            return torch.zeros_like(z_t), None, {}
-        return *self.canvas(z_t, prev), {}
+            return torch.zeros_like(z_t), None, None, {}
+        z_s, f_hat, static = self.canvas(z_t, prev)
+        return f_hat if self.picture else z_s, f_hat, static, {}
+
+    def canvas_losses(self, f, f_hat, static):
+        """Return lambda L_canvas + L_static and the figures for the log."""
+        if f_hat is None:
+            return 0.0, {}
+        error = (f_hat.float() - f).square().mean(-1)  # (B, T, N)
+        l_static = (static.float() - (-error.detach()).exp()).square().mean()
+        # Of frames 2..T: a canvas no better than a copy of the frame before has learned nothing.
+        logs = {"canvas": error[:, 1:].mean(), "copy": (f[:, 1:] - f[:, :-1]).square().mean()}
+        return self.cfg.canvas_weight * error.mean() + l_static, logs
 
     def draw(self, generators: list[torch.Generator], frames: int, ratio: float | None = None):
         """Draw all random numbers of a training step, with one generator a clip, on its device.
@@ -92,19 +100,19 @@ class CanvasMAR(nn.Module):
         # Drawn for every token, so that a token's noise is the same at every mask ratio.
         tau = rand(R, frames * N).gather(2, index[:, None].expand(-1, R, -1))
         eps = gather_tokens(randn(frames * N, R, self.channels).flatten(2), index)
-        canvas_sigma = (m.canvas_noise if m.canvas else 0.0) * rand(frames)[..., None, None]
-        canvas_eps = randn(frames, N, m.width)
-        context_sigma = m.past_noise * rand(frames - 1)[..., None, None]
+        canvas_noise = (m.canvas_noise_max if m.canvas else 0.0) * rand(frames)[..., None, None]
+        canvas_eps = randn(frames, N, self.channels if self.picture else m.width)
+        low, high = m.frame_noise_min, m.frame_noise_max
         return Draws(
             index=index,
             tau=tau,
             eps=eps.unflatten(2, (R, -1)).transpose(1, 2),
-            canvas_sigma=canvas_sigma,
+            canvas_noise=canvas_noise,
             canvas_eps=canvas_eps,
             drop_temporal=drop[:, 0] < m.drop_temporal,
             drop_canvas=drop[:, 1] < m.drop_canvas,
-            context_sigma=context_sigma,
-            context_eps=randn(frames - 1, N, self.channels),
+            frame_noise=low + (high - low) * rand(frames)[..., None, None],
+            frame_eps=randn(frames, N, self.channels),
         )
 
     def set_recompute(self, recompute: bool) -> None:
@@ -121,17 +129,23 @@ class Draws:
     index: torch.Tensor  # (B, K) masked tokens, into T*N, no two alike in a clip
     tau: torch.Tensor  # (B, R, K) diffusion times in [0, 1)
     eps: torch.Tensor  # (B, R, K, C) diffusion noise, standard normal
-    canvas_sigma: torch.Tensor  # (B, T, 1, 1) level of the canvas noise, uniform below its maximum
+    canvas_noise: torch.Tensor  # (B, T, 1, 1) r' in [0, 1], the level of the noise on the canvas
     canvas_eps: torch.Tensor  # (B, T, N, D) standard normal
     drop_temporal: torch.Tensor  # (B, 1, 1, 1) bool
     drop_canvas: torch.Tensor  # (B, 1, 1, 1) bool
-    context_sigma: torch.Tensor  # (B, T-1, 1, 1) level of the noise on frames 1..T-1, as well
-    context_eps: torch.Tensor  # (B, T-1, N, C) standard normal
+    frame_noise: torch.Tensor  # (B, T, 1, 1) r in [0, 1], the level of the noise on past frames
+    frame_eps: torch.Tensor  # (B, T, N, C) standard normal
 
-    def clean(self) -> "Draws":
-        """Return the same draws with both conditions kept and no noise on them, as in sampling."""
-        noisy = ("canvas_sigma", "drop_temporal", "drop_canvas", "context_sigma")
-        return replace(self, **{name: torch.zeros_like(getattr(self, name)) for name in noisy})
+    def sampled(self, frame_noise: float, canvas_noise: float) -> "Draws":
+        """Return the same draws as in sampling: both conditions kept, fixed levels of noise."""
+        levels = {"frame_noise": frame_noise, "canvas_noise": canvas_noise}
+        levels |= {"drop_temporal": False, "drop_canvas": False}
+        return replace(self, **{k: torch.full_like(getattr(self, k), v) for k, v in levels.items()})
+
+
+def add_noise(x, eps, level):
+    """Return x (1 - level) + eps level, level in [0, 1]: reported as Eq. 11 and 12, unchecked."""
+    return x * (1 - level) + eps * level
 
 
 def per_clip(kind, generators, *shape):
@@ -147,10 +161,10 @@ class Temporal(nn.Module):
     training did. The window, rotary time positions and the difference to the frame before are ours.
     """
 
-    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int, window: int):
+    def __init__(self, channels, width, heads, depth, grid, window, tell_noise=False):
         super().__init__()
-        self.window, self.tokens = window, grid**2
-        self.in_proj = nn.Linear(2 * channels, width)
+        self.window, self.tokens, self.tell_noise = window, grid**2, tell_noise
+        self.in_proj = nn.Linear(2 * channels + tell_noise, width)
         self.position = nn.Parameter(0.02 * torch.randn(grid**2, width))
         attention = partial(CausalAttention, self.tokens, window)
         self.blocks = nn.ModuleList(Block(width, heads, grid, attention) for _ in range(depth))
@@ -159,14 +173,15 @@ class Temporal(nn.Module):
         frequency = 100 ** (-torch.arange(half) / half)  # radians per frame
         self.register_buffer("frequency", frequency, persistent=False)
 
-    def forward(self, prev, cache: "Cache | None" = None):
+    def forward(self, prev, cache: "Cache | None" = None, level=0.0):
         """Return z_t of all frames; with a cache, prev are those after its frames: the same z_t."""
         first = cache.frames if cache else 0
         index = torch.arange(first, first + prev.shape[1], device=prev.device)
         earlier = torch.cat([cache.latest if first else prev[:, :1], prev[:, :-1]], dim=1)
         # No difference for the start and the frame after it, of which there is none.
         earlier = torch.where(index[:, None, None] < 2, prev, earlier)
-        x = self.in_proj(torch.cat([prev, prev - earlier], dim=-1)) + self.position
+        told = level + torch.zeros_like(prev[..., : self.tell_noise])  # a channel more, or none
+        x = self.in_proj(torch.cat([prev, prev - earlier, told], dim=-1)) + self.position
         x = x.flatten(1, 2)  # (B, T*N, D)
         angle = index.repeat_interleave(self.tokens)[:, None] * self.frequency  # (T*N, d/2)
         for i, block in enumerate(self.blocks):
@@ -241,9 +256,10 @@ class LayerCache:
 class Canvas(nn.Module):
     """The canvas network: z_t (..., N, D) and the frame before, prev (..., N, C) -> the canvas.
 
-    Returns z_s (..., N, D) and its picture f_hat = W z_s, or prev + W z_s, (..., N, C). Frame by
-    frame, in one shot, trained with L2: the mean over possible futures, so it is blurred. z_s has
-    unit variance per token, so that the level of its noise is relative: ours.
+    Returns z_s (..., N, D), its picture f_hat = W z_s, or prev + W z_s, (..., N, C), and for each
+    token a guess of exp(- its squared error) (..., N), the staticness. Frame by frame, in one shot,
+    trained with L2: the mean over possible futures, so it is blurred. z_s has unit variance per
+    token, so that the level of its noise is relative: ours.
     """
 
     def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int, change: bool):
@@ -252,15 +268,17 @@ class Canvas(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, grid) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.out_proj = nn.Linear(width, channels)  # W
+        self.staticness = nn.Linear(width, 1)
 
     def forward(self, z_t, prev):
-        """Return (z_s, f_hat)."""
+        """Return (z_s, f_hat, staticness in (0, 1))."""
         x = (z_t + self.embed(prev)).flatten(0, -3)  # (frames, N, D)
         for block in self.blocks:
             x = block(x)
         z_s = self.norm(x).view_as(z_t)
         f_hat = self.out_proj(z_s)
-        return z_s, prev + f_hat if self.change else f_hat
+        static = self.staticness(z_s.detach()).squeeze(-1).sigmoid()  # trains itself alone: ours
+        return z_s, prev + f_hat if self.change else f_hat, static
 
 
 def clip_generator(seed: int, clip: int, device="cpu") -> torch.Generator:
@@ -282,16 +300,19 @@ def to_device(rows, device):
 
 
 @torch.no_grad()
-def validate(model: CanvasMAR, f, seed: int, ratios=(0.1, 0.3, 0.7, 1.0)) -> dict[str, float]:
-    """Return losses on held-out latents f (B, T, N, C), nothing dropped, no noise on conditions.
+def validate(model: CanvasMAR, f, seed: int, opts, ratios=(0.1, 0.3, 0.7, 1.0)) -> dict[str, float]:
+    """Return losses on held-out latents f (B, T, N, C), nothing dropped, noise as in sampling.
 
-    The draws are the same every time on one kind of device. `diffusion@r` is the diffusion loss at
-    mask ratio r: it must be smaller at smaller r, or the tokens that are known are ignored.
-    `canvas` and `copy` are the mean squared errors of the canvas and of repeating the last frame.
+    opts: the `sample` section. The draws are the same every time on one kind of device.
+    `diffusion@r` is the diffusion loss at mask ratio r: it must be smaller at smaller r, or the
+    tokens that are known are ignored. `canvas` and `copy` are the mean squared errors of the canvas
+    and of repeating the last frame.
     """
     result = {}
     for ratio in ratios:
         generators = [clip_generator(seed, clip, f.device) for clip in range(len(f))]
-        _, logs = model(f, model.draw(generators, f.shape[1], ratio).clean())
+        draws = model.draw(generators, f.shape[1], ratio)
+        canvas_noise = opts.canvas_noise if model.cfg.canvas else 0.0
+        _, logs = model(f, draws.sampled(opts.frame_noise, canvas_noise))
         result[f"diffusion@{ratio}"] = logs["diffusion"].item()
     return result | {name: logs[name].item() for name in ("canvas", "copy") if name in logs}

@@ -33,6 +33,8 @@ class MAR(nn.Module):
         """
         # The canvas is said to replace the mask token. Ours: it is added to it, so that a dropped
         # canvas, which is zero, leaves MAR's uniform [MASK].
+        if z_s.shape[-1] == f.shape[-1]:  # the canvas as a picture
+            z_s = F.linear(z_s, self.embed.weight)
         u = torch.where(masked[..., None], self.mask_token + z_s, self.embed(f))  # (B, T, N, D)
         u = u + self.position + self.z_t_proj(z_t)  # (B, T, N, D)
         u = u.flatten(0, 1)  # (B*T, N, D)
@@ -163,13 +165,18 @@ def random_order(noise):
     return noise.argsort(dim=-1)
 
 
-def motion_order(f_hat, prev, noise, mix=0.25):
-    """Put tokens whose canvas differs least from the previous frame first, easy to hard.
+def motion_order(static, noise, schedule):
+    """Put confident tokens first, annealed to a random order: reported, of the later version.
 
-    f_hat, prev (B, N, C) standardised latents; noise (B, N) uniform in [0, 1) -> (B, N), a
-    permutation. The idea is the later version's; ours is the measure, and that the rank of the
-    change is blended with `mix` of noise, so that neighbours are not all drawn together.
+    static (B, N), the higher the surer of its canvas a token is; noise (B, N) uniform in [0, 1);
+    schedule: `reveal_schedule` -> (B, N), a permutation. Step s of S draws the tokens that are
+    first by (1 - a) rank + a noise, a = (s - 1) / (S - 1): that annealing is ours.
     """
-    change = (f_hat - prev).square().mean(-1)
-    rank = change.argsort(dim=-1).argsort(dim=-1) / change.shape[-1]
-    return (rank + mix * noise).argsort(dim=-1)
+    rank = static.argsort(dim=-1, descending=True).argsort(dim=-1) / static.shape[-1]
+    taken, parts, done = torch.zeros_like(static, dtype=torch.bool), [], 0
+    for s, count in enumerate(schedule):
+        a = s / max(1, len(schedule) - 1)
+        score = torch.where(taken, math.inf, torch.lerp(rank, noise, a))
+        parts.append(score.argsort(dim=-1)[:, : count - done])
+        taken, done = taken.scatter(1, parts[-1], True), count
+    return torch.cat(parts, dim=-1)

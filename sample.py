@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from canvas import Cache, CanvasMAR, clip_generator, to_device
+from canvas import Cache, CanvasMAR, add_noise, clip_generator, to_device
 from mar import gather_tokens, motion_order, random_order, reveal_schedule
 from support import data, pictures, runs, storage
 from support.config import UserError
@@ -43,23 +43,33 @@ def generate(model: CanvasMAR, context, opts: config.Sample, seed: int, clips):
     """
     cache, streams = Cache(model.temporal), [clip_generator(seed, int(clip)) for clip in clips]
     start = model.start.expand(len(streams), 1, -1, -1)
-    new_frames = torch.cat([start, context], dim=1)  # (B, 1 + context, N, C)
+    past = torch.cat([start, context], dim=1)  # (B, 1 + context, N, C); then one frame at a time
     for _ in range(opts.frames - opts.context):
-        z_t = model.temporal(new_frames, cache)[:, -1]  # (B, N, D)  earlier frames are cached
-        frame = generate_frame(model, z_t, new_frames[:, -1], opts, streams)
-        new_frames = frame.latent[:, None]
+        eps = draw_noise(streams, past.shape[1:], past.device)
+        prev = add_noise(past, eps, opts.frame_noise)  # once a frame, as it is cached
+        z_t = model.temporal(prev if model.cfg.noisy_past else past, cache, opts.frame_noise)[:, -1]
+        frame = generate_frame(model, z_t, prev[:, -1], opts, streams)
+        past = frame.latent[:, None]
         yield frame
+
+
+def draw_noise(streams, shape, device):
+    """Return (B, *shape), standard normal, of the clips' own streams."""
+    return to_device([torch.randn(shape, generator=g) for g in streams], device)
 
 
 def generate_frame(model, z_t, prev, opts, streams) -> Frame:
     """Generate one frame in S steps, the canvas first. z_t (B, N, D), prev (B, N, C)."""
     (_, N, C), device = prev.shape, prev.device
     order_noise = to_device([torch.rand(N, generator=g) for g in streams], device)
-    eps = to_device([torch.randn(N, C, generator=g) for g in streams], device)
-    z_s, f_hat, _ = model.predict_canvas(z_t, prev, generators=streams)  # (B, N, D), (B, N, C)
-    f_hat = None if f_hat is None else f_hat.float()
+    eps = draw_noise(streams, (N, C), device)
+    z_s, f_hat, static, _ = model.predict_canvas(z_t, prev, generators=streams)
+    if f_hat is not None:  # z_s (B, N, D), f_hat (B, N, C), static (B, N)
+        f_hat = f_hat.float()
+        z_s = add_noise(z_s, draw_noise(streams, z_s.shape[1:], device), opts.canvas_noise)
+    schedule = reveal_schedule(N, opts.steps, opts.order)
     if opts.order == "motion":
-        order = motion_order(f_hat, prev, order_noise)  # (B, N)
+        order = motion_order(static, order_noise, schedule)  # (B, N)
     else:
         order = random_order(order_noise)
     weights, z_ts, z_ss = guidance_branches(model, z_t, z_s, opts.cfg_temporal, opts.cfg_canvas)
@@ -67,7 +77,7 @@ def generate_frame(model, z_t, prev, opts, streams) -> Frame:
 
     f, known = torch.zeros_like(prev), torch.zeros_like(order, dtype=torch.bool)
     done, steps = 0, []
-    for count in reveal_schedule(N, opts.steps, opts.order):
+    for count in schedule:
         index = order[:, done:count]  # (B, k)  the tokens of this step
         branch_f, masked = f.repeat(n, 1, 1)[:, None], ~known.repeat(n, 1)[:, None]
         c = model.mar(branch_f, masked, z_ts, z_ss, index.repeat(n, 1))  # (n*B, k, D)

@@ -160,7 +160,7 @@ def train_model(cfg: Config, machine: Machine, source, held_out, tokenizer) -> C
         grid, steps = (runs.picture_path(cfg, f"{n}_{step:06d}.png") for n in ("grid", "steps"))
         pictures.draw_grid(video, truth, opts.context, grid)
         pictures.draw_steps(first, tokenizer, video, truth, opts.context, steps)
-        return validate(ema, latents, cfg.seed)
+        return validate(ema, latents, cfg.seed, opts)
 
     t = cfg.train
     extra = {"tokenizer": tokenizer.fingerprint(), "vae": runs.pack_tokenizer(tokenizer)}

@@ -55,7 +55,8 @@ class ChoosingCanvasMAR(CanvasMAR):
         if target is None:
             w = self.sample_prior(z_t, generators)
             return super().predict_canvas(z_t + self.embed_w(w)[:, None], prev)
-        clean_prev = torch.cat([prev[:, :1], target[:, :-1]], dim=1)
+        start = self.start.expand(len(target), 1, -1, -1)
+        clean_prev = torch.cat([start, target[:, :-1]], dim=1)
         mu = self.posterior(torch.cat([target, target - clean_prev], dim=-1))  # (B, T, L)
         w = mu + self.choice.noise * draws.w_noise
         kept = torch.where(draws.drop_temporal, self.null.to(z_t.dtype), z_t).detach()
@@ -65,8 +66,8 @@ class ChoosingCanvasMAR(CanvasMAR):
             "prior": self.prior(w.detach(), self.read(kept), draws.w_tau, draws.w_eps).mean(),
         }
         hint = self.embed_w(w) * draws.w_shown[..., None]  # (B, T, D)
-        z_s, f_hat, _ = super().predict_canvas(z_t + hint.unsqueeze(-2), prev)
-        return z_s, f_hat, extra
+        z_s, f_hat, static, _ = super().predict_canvas(z_t + hint.unsqueeze(-2), prev)
+        return z_s, f_hat, static, extra
 
     def sample_prior(self, z_t, generators):
         """Draw w (B, L) given z_t (B, N, D), guided by choice.cfg."""
@@ -100,8 +101,8 @@ class ChoiceDraws(Draws):
     w_eps: torch.Tensor  # (B, R, T, L) standard normal
     w_shown: torch.Tensor  # (B, T) bool, whether the canvas reads w
 
-    def clean(self):
-        draws = super().clean()
+    def sampled(self, frame_noise, canvas_noise):
+        draws = super().sampled(frame_noise, canvas_noise)
         draws.w_shown = torch.ones_like(self.w_shown)
         return draws
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from canvas import clip_generator, rotate
+from canvas import add_noise, clip_generator, rotate
 from diffloss import solve
 from mar import gather_tokens, motion_order, random_order, reveal_schedule
 
@@ -48,23 +48,31 @@ def slow_frames(model, context, opts, seed, clips):
     """
     streams = [clip_generator(seed, int(clip)) for clip in clips]
     start = model.start.expand(len(context), 1, -1, -1)
-    past = torch.cat([start, context], dim=1)
-    for _ in range(opts.frames - opts.context):
-        f = slow_frame(model, past, opts, streams)
+    past = noisy = torch.cat([start, context], dim=1)
+    for i in range(opts.frames - opts.context):
+        new = past if i == 0 else past[:, -1:]
+        eps = torch.stack([torch.randn(new.shape[1:], generator=g) for g in streams]).to(new)
+        prev = add_noise(new, eps, opts.frame_noise)
+        noisy = prev if i == 0 else torch.cat([noisy, prev], dim=1)
+        f = slow_frame(model, past, noisy, opts, streams)
         past = torch.cat([past, f[:, None]], dim=1)
         yield f
 
 
-def slow_frame(model, past, opts, streams):
-    """Return the frame (B, N, C) that follows past (B, T, N, C)."""
-    z_t, prev = model.temporal(past)[:, -1], past[:, -1]
+def slow_frame(model, past, noisy, opts, streams):
+    """Return the frame (B, N, C) that follows past (B, T, N, C), without and with noise."""
+    read, prev = noisy if model.cfg.noisy_past else past, noisy[:, -1]
+    z_t = model.temporal(read, level=opts.frame_noise)[:, -1]
     B, N, C = prev.shape
     order_noise = torch.stack([torch.rand(N, generator=g) for g in streams]).to(prev)
     eps = torch.stack([torch.randn(N, C, generator=g) for g in streams]).to(prev)
-    z_s, f_hat, _ = model.predict_canvas(z_t, prev, generators=streams)
-    order = random_order(order_noise)
+    z_s, _, static, _ = model.predict_canvas(z_t, prev, generators=streams)
+    if model.canvas is not None:
+        canvas_eps = torch.stack([torch.randn(z_s.shape[1:], generator=g) for g in streams])
+        z_s = add_noise(z_s, canvas_eps.to(prev), opts.canvas_noise)
+    order, schedule = random_order(order_noise), reveal_schedule(N, opts.steps, opts.order)
     if opts.order == "motion":
-        order = motion_order(f_hat, prev, order_noise)
+        order = motion_order(static, order_noise, schedule)
     w_t, w_s = opts.cfg_temporal, opts.cfg_canvas if model.canvas else opts.cfg_temporal
     null, zero = model.null.expand_as(z_t), torch.zeros_like(z_s)
     everywhere = torch.arange(N, device=prev.device).expand(B, -1)
@@ -79,7 +87,7 @@ def slow_frame(model, past, opts, streams):
         none, temporal, both = (model.head.velocity(x, tau, model.head.c_proj(c)) for c in branches)
         return (none + w_t * (temporal - none) + w_s * (both - temporal)).float()
 
-    for count in reveal_schedule(N, opts.steps, opts.order):
+    for count in schedule:
         branches = [condition(*of) for of in ((null, zero), (z_t, zero), (z_t, z_s))]
         new = solve(velocity, eps, opts.solver_steps, opts.solver)
         index = order[:, done:count]

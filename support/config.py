@@ -157,12 +157,16 @@ class Model:
     head_depth: int = bounded(1, 1024)
     window: int = bounded(1, 4096)
     canvas: bool
-    canvas_noise: float = bounded(0)
-    past_noise: float = bounded(0)
+    frame_noise_min: float = bounded(0, 1)
+    frame_noise_max: float = bounded(0, 1)
+    canvas_noise_max: float = bounded(0, 1)
     canvas_weight: float = bounded(0)
-    canvas_change: bool
     drop_temporal: float = bounded(0, 1)
     drop_canvas: float = bounded(0, 1)
+    noisy_past: bool
+    tell_noise: bool
+    canvas_change: bool
+    canvas_as: str = choices("embedding", "picture")
     diffusion_repeat: int = bounded(1, 1024)
 
 
@@ -195,6 +199,8 @@ class Sample:
     cfg_temporal: float = bounded(-MANY, MANY)
     cfg_canvas: float = bounded(-MANY, MANY)
     order: str = choices("random", "motion")
+    frame_noise: float = bounded(0, 1)
+    canvas_noise: float = bounded(0, 1)
 
 
 @dataclass(frozen=True)
@@ -229,9 +235,10 @@ class Config:
 
 
 REMOVED = {  # keys of earlier versions
-    *(f"model.canvas_{key}" for key in ("as", "gradient", "latent", "under")),
+    *(f"model.canvas_{key}" for key in ("gradient", "latent", "noise", "under")),
     *(f"model.choice_{key}" for key in ("loss", "noise", "reads", "tells", "weight")),
-    *("model.drop_choice", "sample.cfg_choice", "sample.choice_steps", "sample.choice_temperature"),
+    *("model.past_noise", "model.drop_choice"),
+    *("sample.cfg_choice", "sample.choice_steps", "sample.choice_temperature"),
 }
 
 
@@ -353,7 +360,7 @@ def build(kind, tree, prefix: str, where: str):
     for key in map(str, tree):
         name = f"{prefix}{key[:100]}"
         if name in REMOVED:
-            hint = "go on with commit a867726, or train anew (docs/CHOICE.md)"
+            hint = "go on with commit ec280af or before, or train anew"
             raise UserError(f"{where}: {name} is a key of an earlier version; {hint}")
         if key not in fields:
             near = difflib.get_close_matches(key[:100], fields, n=1, cutoff=0.0)[0]
@@ -419,6 +426,9 @@ def _problems(cfg: Config):
         yield f"{size} is not divisible by {stride}"
     if m.width % m.heads or (m.width // m.heads) % 2:
         yield f"model.width={m.width} does not give model.heads={m.heads} heads of one even size"
+    if m.frame_noise_min > m.frame_noise_max:
+        low, high = m.frame_noise_min, m.frame_noise_max
+        yield f"model.frame_noise_min={low} is more than model.frame_noise_max={high}"
     if m.window > d.frames:
         yield f"model.window={m.window} is more than the data.frames={d.frames} of a training clip"
     if s.context >= s.frames:

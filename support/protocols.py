@@ -227,7 +227,7 @@ def held_out_losses(run, real) -> dict:
     # not compiled: the shapes are others than in sampling
     with autocast(run.device, run.cfg.train.precision), torch.compiler.set_stance("force_eager"):
         latents = run.tokenizer.encode(real[:, : run.cfg.data.frames].to(run.device))
-        return validate(run.model, latents, run.cfg.seed)
+        return validate(run.model, latents, run.cfg.seed, run.cfg.sample)
 
 
 # ------------------------------------------------------------------------------ measures to figures

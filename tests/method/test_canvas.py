@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canvas import Cache, clip_generator, rotate, validate
+from canvas import Cache, add_noise, clip_generator, rotate, validate
 
 
 def clips(model, batch=2, frames=5, seed=0):
@@ -78,25 +78,34 @@ def test_velocities_are_differences_of_frames_and_the_start_has_none(frames, fir
     )
 
 
-@given(st.floats(0, 3))
-def test_canvas_noise_of_level_s_has_standard_deviation_s_and_is_on_the_canvas_alone(level):
+@given(st.floats(0, 1), st.integers(0, 100))
+def test_noise_of_level_0_changes_nothing_and_of_level_1_leaves_nothing_of_the_signal(level, seed):
+    x, eps = torch.randn(2, 4, 30, 50, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(add_noise(x, eps, 0.0), x) and torch.equal(add_noise(x, eps, 1.0), eps)
+    noisy = add_noise(x, eps, level)
+    for of, share in ((x, 1 - level), (eps, level)):
+        assert abs((noisy * of).mean() - share) < 0.1
+    torch.testing.assert_close(noisy, add_noise(x, eps, torch.full((4, 1, 1), level)))
+
+
+@given(st.floats(0, 1))
+def test_noise_on_the_canvas_is_on_what_the_masked_transformer_reads_alone(level):
     model, seen = tiny_model("model.drop_temporal=0", "model.drop_canvas=0"), []
     f, draws = clips(model, 4), model.draw(generators(4), 5)
-    draws.canvas_sigma = torch.full_like(draws.canvas_sigma, level)
     model.mar.register_forward_pre_hook(lambda _, given: seen.append(given))
-    with torch.no_grad():
-        model(f, replace(draws, canvas_sigma=0 * draws.canvas_sigma)), model(f, draws)
+    losses = []
+    for noise in (0 * draws.canvas_noise, torch.full_like(draws.canvas_noise, level)):
+        losses.append(model(f, replace(draws, canvas_noise=noise))[1]["canvas"])
     (*_, z_t, z_s, _), (*_, same, noisy, _) = seen
-    assert torch.equal(z_t, same)
-    if level == 0:
-        assert torch.equal(z_s, noisy)
-    assert abs((noisy - z_s).std() - level) <= 0.05 * level + 1e-6
+    assert torch.equal(z_t, same) and losses[0] == losses[1]
+    assert torch.equal(noisy, add_noise(z_s, draws.canvas_eps, torch.tensor(level)))
 
 
 def test_the_canvas_has_unit_variance_whatever_its_weights():
     model = tiny_model()
-    z_s, f_hat = model.canvas(7 * torch.randn(2, 3, model.tokens, 16), clips(model, 2, 3))
+    z_s, f_hat, static = model.canvas(7 * torch.randn(2, 3, model.tokens, 16), clips(model, 2, 3))
     assert f_hat.shape == (2, 3, model.tokens, model.channels)
+    assert static.shape == f_hat.shape[:-1] and 0 < static.min() and static.max() < 1
     torch.testing.assert_close(
         z_s.var(-1, unbiased=False), torch.ones(2, 3, model.tokens), atol=1e-3, rtol=0
     )
@@ -129,9 +138,10 @@ def test_draws_of_a_clip_do_not_depend_on_its_neighbours():
 
 
 def test_noise_levels_and_masks_keep_to_their_ranges():
-    model = tiny_model("model.canvas_noise=0.7")
+    model = tiny_model("model.canvas_noise_max=0.7")
     draws = model.draw(generators(200), 4)
-    assert 0 <= draws.canvas_sigma.min() and 0.6 < draws.canvas_sigma.max() < 0.7
+    assert 0 <= draws.canvas_noise.min() and 0.6 < draws.canvas_noise.max() < 0.7
+    assert 0.2 <= draws.frame_noise.min() < 0.23 and 0.57 < draws.frame_noise.max() < 0.6
     share = draws.index.shape[1] / (4 * model.tokens)
     assert abs(share - 2 / torch.pi) < 0.02
 
@@ -145,12 +155,11 @@ def test_loss_on_masked_tokens_equals_the_head_on_all_tokens_with_the_loss_maske
     f, draws = clips(model, seed=seed), model.draw(generators(2, seed), 5)
     loss, logs = model(f, draws)
 
-    prev = torch.cat(
-        [model.start.expand(2, 1, -1, -1), f[:, :-1] + draws.context_sigma * draws.context_eps], 1
-    )
+    past = torch.cat([model.start.expand(2, 1, -1, -1), f[:, :-1]], 1)
+    prev = (1 - draws.frame_noise) * past + draws.frame_noise * draws.frame_eps
     z_t = model.temporal(prev)
-    z_s, f_hat = model.canvas(z_t, prev) if canvas else (torch.zeros_like(z_t), f)
-    z_s = z_s + draws.canvas_sigma * draws.canvas_eps if canvas else z_s
+    z_s, f_hat, static = model.canvas(z_t, prev) if canvas else (torch.zeros_like(z_t), f, None)
+    z_s = (1 - draws.canvas_noise) * z_s + draws.canvas_noise * draws.canvas_eps
     masked = torch.zeros(2, 5 * model.tokens, dtype=torch.bool).scatter(1, draws.index, True)
     everywhere = torch.arange(5 * model.tokens).expand(2, -1)
     c = model.mar(f, masked.view(2, 5, -1), z_t, z_s, everywhere)
@@ -160,6 +169,8 @@ def test_loss_on_masked_tokens_equals_the_head_on_all_tokens_with_the_loss_maske
     eps = eps.scatter(2, place[..., None].expand_as(draws.eps), draws.eps)
     each = model.head(f.flatten(1, 2), c, tau, eps)
     expected = each[masked].mean() + model.cfg.canvas_weight * (f_hat - f).square().mean()
+    if canvas:
+        expected += (static - (-(f_hat - f).square().mean(-1)).exp()).square().mean()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(logs["diffusion"], each[masked].mean())
 
@@ -175,33 +186,47 @@ def test_dropped_conditions_do_not_reach_the_diffusion_loss():
     before = model(f, both)[1]["diffusion"]
     model.temporal.position.data += 1  # changes z_t and z_s
     assert torch.equal(model(f, both)[1]["diffusion"], before)
-    assert not torch.equal(model(f, draws.clean())[1]["diffusion"], before)
+    assert not torch.equal(model(f, draws.sampled(0.3, 0.2))[1]["diffusion"], before)
 
 
-def test_noise_on_the_past_is_on_what_is_looked_back_at_only_and_never_in_sampling():
-    clean, noisy, seen = tiny_model("model.past_noise=0"), tiny_model("model.past_noise=0.5"), []
-    f, draws, others = clips(noisy), noisy.draw(generators(2), 5), clean.draw(generators(2), 5)
-    assert all(
-        torch.equal(getattr(draws, name), getattr(others, name))
-        for name in vars(draws)
-        if name != "context_sigma"
-    )
-    for part in (noisy.temporal, noisy.canvas, noisy.mar):
+@pytest.mark.parametrize("both", [True, False])
+def test_noise_on_the_past_is_on_what_is_looked_back_at_only(both):
+    model, seen = tiny_model(f"model.noisy_past={str(both).lower()}"), []
+    f, draws = clips(model), model.draw(generators(2), 5)
+    for part in (model.temporal, model.canvas, model.mar):
         part.register_forward_pre_hook(lambda _, given: seen.append(given))
-    noisy(f, draws)
-    (past,), (_, before), (known, *_) = seen
-    assert (
-        torch.equal(past, before)
-        and torch.equal(past[:, 1:], f[:, :-1] + draws.context_sigma * draws.context_eps)
-        and torch.equal(known, f)
+    model(f, draws)
+    (read, *_), (_, before), (known, *_) = seen
+    past = torch.cat([model.start.expand(2, 1, -1, -1), f[:, :-1]], 1)
+    noisy = add_noise(past, draws.frame_eps, draws.frame_noise)
+    assert torch.equal(read, noisy if both else past) and torch.equal(before, noisy)
+    assert torch.equal(known, f)
+
+
+def test_the_temporal_transformer_is_told_the_level_of_the_noise_if_so_configured():
+    model, seen = tiny_model("model.tell_noise=true"), []
+    f, draws = clips(model), model.draw(generators(2), 5)
+    model.temporal.in_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(f, draws)
+    assert torch.equal(seen[0][..., -1:], draws.frame_noise.expand(-1, -1, model.tokens, -1))
+
+
+@given(st.floats(0, 3))
+def test_staticness_learns_the_exponential_of_the_error_and_moves_nothing_else(error):
+    model = tiny_model()
+    f, f_hat = clips(model), (clips(model) + error).requires_grad_()
+    static = torch.full(f.shape[:-1], 0.5, requires_grad=True)
+    (model.canvas_losses(f, f_hat, static)[0]).backward()
+    target = torch.exp(-(torch.tensor(error) ** 2))
+    assert 0 < target <= 1
+    torch.testing.assert_close(
+        static.grad * static.numel(), 2 * (static - target).detach(), atol=1e-4, rtol=1e-4
     )
-    assert torch.equal(
-        past[:, :1], noisy.start.expand(2, 1, -1, -1)
-    )  # of the start there is no doubt
-    level = noisy.draw(generators(200), 5)
-    level = (level.context_sigma * level.context_eps).std((2, 3))
-    assert 0.4 < level.max() < 0.65 and level.min() < 0.02 and abs(level.mean() - 0.25) < 0.03
-    assert torch.equal(noisy(f, draws.clean())[0], clean(f, others.clean())[0])
+    mean = model.cfg.canvas_weight * 2 * error / f.numel()
+    torch.testing.assert_close(f_hat.grad, torch.full_like(f, mean), atol=1e-6, rtol=1e-3)
+    z_t = torch.randn(2, 5, model.tokens, 16, requires_grad=True)
+    model.canvas(z_t, f)[2].sum().backward()
+    assert z_t.grad is None or not z_t.grad.any()
 
 
 def test_every_parameter_learns():
@@ -236,7 +261,7 @@ def test_a_canvas_that_is_a_change_begins_as_the_frame_before(seed):
 
 def test_validate_is_repeatable_and_reports_every_ratio():
     model = tiny_model()
-    first, again = (validate(model, clips(model, 3), seed=5) for _ in range(2))
+    first, again = (validate(model, clips(model, 3), 5, tiny().sample) for _ in range(2))
     assert first == again and {"diffusion@0.1", "diffusion@1.0", "canvas", "copy"} <= first.keys()
     f = clips(model, 3)
     assert abs(first["copy"] - (f[:, 1:] - f[:, :-1]).square().mean().item()) < 1e-6

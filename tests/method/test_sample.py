@@ -126,14 +126,29 @@ def test_a_longer_rollout_begins_with_the_shorter_one_past_the_window():
     assert torch.equal(run(model, x, [0], frames=12)[:, :3], run(model, x, [0], frames=5))
 
 
-@pytest.mark.parametrize("key", ["model.canvas_change=false", "model.canvas_change=true"])
-def test_the_masked_transformer_gets_the_same_conditions_in_training_and_in_sampling(key):
+@pytest.mark.parametrize(
+    "key",
+    [
+        "sample.steps=1",
+        "model.noisy_past=false",
+        "model.tell_noise=true",
+        "model.canvas_change=true",
+        "model.canvas_as=picture",
+    ],
+)
+def test_the_masked_transformer_gets_the_same_conditions_in_training_and_in_sampling(
+    key, monkeypatch
+):
     model, given = tiny_model(key), []
     f = torch.randn(2, 3, model.tokens, model.channels, generator=torch.Generator().manual_seed(1))
     model.mar.register_forward_pre_hook(lambda _, inputs: given.append(inputs[2:4]))
+    noises, inner = [], sample.draw_noise
+    monkeypatch.setattr(sample, "draw_noise", lambda *a: noises.append(inner(*a)) or noises[-1])
     run(model, f[:, :2], [0, 1], frames=3, steps=1, cfg_temporal=1.0, cfg_canvas=1.0)
+    draws = model.draw([clip_generator(0, i) for i in range(2)], 3).sampled(0.3, 0.2)
+    draws.frame_eps, draws.canvas_eps[:, 2] = noises[0], noises[2]  # noises[1]: of the tokens
     with torch.no_grad():
-        model(f, model.draw([clip_generator(0, i) for i in range(2)], 3).clean())
+        model(f, draws)
     for sampled, trained in zip(*given):
         torch.testing.assert_close(sampled[:, 0], trained[:, 2], atol=1e-5, rtol=1e-5)
 
