@@ -1,39 +1,45 @@
-"""The figures and tables of `studies/evidence.py`, each drawn from the rows of its JSON file.
+"""The figures and tables of `studies/evidence.py`, drawn from its lines.
 
 Points are means over training seeds, bars their standard deviation.
 """
 
-from functools import partial
+from pathlib import Path
 
 import numpy as np
+
+from support.config import write_text
 
 TITLES = {
     "frechet": "Fréchet distance (offline, not FVD)",
     "right": "right frames",
     "shaped": "and right shapes",
-    "speed": "speed over the real one",
+    "speed": "speed / real",
+    "spread": "diversity / real",
+    "spread_first": "diversity of the first frame / real",
+    "lost": "gripper lost",
     "psnr": "PSNR, best of the samples, dB",
-    "spread_first": "spread of positions in the first frame over the real one",
-    "spread": "spread of end positions over the real one",
-    "end_error": "error of the end position, best of the samples, table widths",
-    "lost": "frames without the gripper",
-    "ends_lost": "last frames without the gripper",
+    "ssim": "SSIM, best of the samples",
+    "sharpness": "sharpness of the last frame / real",
+    "hue": "hue error of the last frame, degrees",
 }
-MARKED = {"marker": "o", "markersize": 3}
+FRAMES = {
+    "right": "right frames",
+    "hue": "hue error, degrees",
+    "psnr": "PSNR, dB",
+    "sharpness": "sharpness / real",
+}
+WAY = ("cfg_temporal", "frame_noise", "order")
 
 
 def over_seeds(rows, *keys) -> dict:
     """Return {values of the keys: {score: array of its values over the training seeds}}."""
     found = {}
     for row in rows:
+        row = row | {name: row.get(f"{name}_by_frame", [None])[-1] for name in ("sharpness", "hue")}
         cell = found.setdefault(tuple(row[key] for key in keys), {})
-        for name in ("flops", "floor", "right_by_frame", *TITLES):
-            value = row.get(name)  # rows of earlier plans lack some
-            cell.setdefault(name, []).append(np.nan if value is None else value)
-    return {
-        key: {name: np.array(values) for name, values in cell.items()}
-        for key, cell in found.items()
-    }
+        for name in ("flops", "floor", *TITLES):
+            cell.setdefault(name, []).append(np.nan if row.get(name) is None else row[name])
+    return {key: {k: np.array(v) for k, v in cell.items()} for key, cell in found.items()}
 
 
 def deviation(values):
@@ -52,155 +58,107 @@ def mean(values, sign="") -> str:
     return f"{values.mean():{sign}.{digits}f}{spread}"
 
 
-def labelled(rows) -> list:
-    """Add the guidance in words to the rows."""
-    return [row | {"scales": f"({row['cfg_temporal']:g}, {row['cfg_canvas']:g})"} for row in rows]
+def scored(rows, long=False) -> list[dict]:
+    """Return the rows of scores of clips of usual length, or of the longest."""
+    rows = [row for row in rows if row["what"] == "scores"]
+    usual = min((row["frames"] for row in rows), default=0)
+    return [row for row in rows if (row["frames"] > usual) == long]
+
+
+def whole(rows) -> list[dict]:
+    """Return the rows of the longest training there is."""
+    return [row for row in rows if row["train_steps"] == max(r["train_steps"] for r in rows)]
 
 
 # ------------------------------------------------------------------------------------ figures
 
 
-def panels(count, columns=4):
-    """Return a figure of `count` axes with a grid, `columns` beside each other, and the axes."""
+def panels(count):
+    """Return a figure of `count` axes beside each other, with a grid, and the axes."""
     from matplotlib.figure import Figure
 
-    down, across = -(-count // columns), min(count, columns)
-    fig = Figure(figsize=(4 * across, 3.3 * down), layout="constrained")
-    axes = np.atleast_1d(fig.subplots(down, across)).ravel()
+    fig = Figure(figsize=(4 * count, 3.3), layout="constrained")
+    axes = np.atleast_1d(fig.subplots(1, count)).ravel()
     for ax in axes:
         ax.grid(alpha=0.3)
     return fig, axes
 
 
-def label(ax, xlabel, title):
-    ax.set_xlabel(xlabel)
-    ax.set_title(title, fontsize=9)
-
-
-def save(fig, ax, path, fontsize=7):
+def save(fig, ax, path):
     """Write the figure, with the legend of one of its axes."""
-    ax.legend(fontsize=fontsize)
+    ax.legend(fontsize=7)
     fig.savefig(path, dpi=110)
+    return path
 
 
-def line(ax, name, points, **style):
-    """Draw the mean and the deviation of [(x, values over seeds)]."""
-    x, values = zip(*sorted(points, key=lambda point: point[0]))
-    means, bars = [v.mean() for v in values], [deviation(v) for v in values]
-    ax.errorbar(x, means, bars, label=name, linewidth=1, capsize=2, **style)
+def line(ax, name, x, values, **style):
+    """Draw mean and deviation of values (seeds, points) against x."""
+    ax.errorbar(
+        x,
+        values.mean(0),
+        deviation(values),
+        label=name,
+        linewidth=1,
+        capsize=2,
+        marker=".",
+        **style,
+    )
 
 
-def draw_scores(rows, path, names, by=("arm", "scales"), against=("steps", "flops"), fontsize=6):
-    """Draw a panel for each score, against spatial steps and, below, cost; a line for each `by`."""
-    cells = over_seeds(rows, *by, "steps")
-    fig, axes = panels(len(against) * len(names))
-    for ax, (x, name) in zip(axes, ((x, name) for x in against for name in names)):
-        draw_score(ax, cells, name, x)
-    save(fig, axes[0], path, fontsize)
-
-
-def draw_score(ax, cells, name, x):
-    """Draw a score of cells {(arm, ..., S): ...} against x, "steps" or "flops"."""
-    arms, lines = list(dict.fromkeys(key[0] for key in cells)), {}
-    for (*what, s), cell in cells.items():
-        at = s if x == "steps" else cell["flops"].mean()
-        lines.setdefault(tuple(what), []).append((at, cell[name]))
-    for what, points in lines.items():
-        style = ":" if what[1:] == ("(1, 1)",) else "-"
-        color = f"C{arms.index(what[0])}"
-        line(ax, " ".join(what), points, color=color, linestyle=style, **MARKED)
-    ax.set_xscale("log")
-    label(ax, "spatial steps S" if x == "steps" else "FLOPs a frame", TITLES[name])
-    if name == "frechet":
-        ax.set_yscale("log")
-        floor = np.mean([cell["floor"].mean() for cell in cells.values()])
-        ax.axhline(floor, color="grey", linestyle=":", linewidth=1)
-        ax.yaxis.set_major_formatter("{x:.3g}")
-        ax.yaxis.set_minor_formatter("{x:.3g}")
-        ax.tick_params(axis="y", which="both", labelsize=7)
-    if x == "steps":
-        steps = sorted({key[-1] for key in cells})
-        ax.set_xticks([], minor=True)
-        ax.set_xticks(steps, map(str, steps))
-    else:
-        ax.xaxis.set_minor_formatter("")
-        ax.tick_params(axis="x", labelsize=7)
-
-
-def draw_choice(rows, path):
-    """Draw the arms with the whole training, each for each S at its own best scale."""
-    usual = [row for row in rows if row["samples"] > 1 and explain_row(row) == row["arm"]]
-    own = {
-        (row["arm"], row["seed"], row["steps"]): row | {"scales": ""}
-        for row in sorted(usual, key=lambda row: row["cfg_temporal"])  # without guidance first
-    }
-    draw_scores(own.values(), path, ("frechet", "right", "shaped", "spread"))
-
-
-def draw_guidance(rows, path):
-    """Draw maps over (w_t, w_s) of the canvas, and all arms against one scale for both."""
-    cells = over_seeds(rows, "arm", "cfg_temporal", "cfg_canvas")
-    pairs = [pair for arm, *pair in cells if arm == "canvas"]
-    w_t, w_s = (sorted(set(scales)) for scales in zip(*pairs))
+def draw_steps(rows, path):
+    """Draw scores against spatial steps: each arm at its own best settings, in random order."""
+    best, arms = {}, dict.fromkeys(row["arm"] for row in rows)
+    for row in rows:  # scored at more values of S than any other way
+        ways = best.setdefault(row["arm"], {})
+        ways.setdefault(tuple(row[k] for k in WAY), set()).add(row["steps"])
+    best = {arm: max(ways, key=lambda way: len(ways[way])) for arm, ways in best.items()}
+    cells = over_seeds(
+        [r for r in rows if tuple(r[k] for k in WAY) == best[r["arm"]]], "arm", "steps"
+    )
+    names = [
+        name for name in TITLES if not np.isnan([c[name].mean() for c in cells.values()]).all()
+    ]
     fig, axes = panels(4)
-    for ax, name in zip(axes, ("frechet", "right", "speed")):
-        values = np.array([[cells["canvas", t, s][name].mean() for s in w_s] for t in w_t])
-        logs = np.log(np.maximum(values, 1e-3))
-        better = {"frechet": -logs, "right": values, "speed": -np.abs(logs)}[name]
-        ax.imshow(better, origin="lower")  # brighter is better
-        box = {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1}
-        for (i, j), value in np.ndenumerate(values):
-            ax.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=7, bbox=box)
-        ax.set_xticks(range(len(w_s)), w_s)
-        ax.set_yticks(range(len(w_t)), w_t)
-        ax.grid(False)
-        ax.set_ylabel("w_t, temporal")
-        label(ax, "w_s, canvas", f"canvas: {TITLES[name]}")
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        same = [(t, cell["right"]) for (of, t, s), cell in cells.items() if of == arm and t == s]
-        line(axes[3], arm, same, **MARKED)
-    label(axes[3], "w_t = w_s", TITLES["right"])
-    save(fig, axes[3], path)
+    for ax, name in zip(axes, names):
+        for arm in arms:
+            steps = sorted(s for of, s in cells if of == arm)
+            seeds = min(len(cells[arm, s][name]) for s in steps)
+            line(ax, arm, steps, np.array([cells[arm, s][name][:seeds] for s in steps]).T)
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel("spatial steps S")
+        ax.set_title(TITLES[name], fontsize=9)
+    floor = np.mean([cell["floor"].mean() for cell in cells.values()])
+    axes[0].axhline(floor, color="grey", linestyle=":", linewidth=1)
+    axes[0].set_yscale("log")
+    return save(fig, axes[-1], path)
 
 
-def draw_length(rows, path):
-    """Draw right frames against frame index, and scores of the whole rollouts."""
-    fig, axes = panels(3)
-    for (arm,), cell in over_seeds(rows, "arm").items():
-        line(axes[0], arm, enumerate(cell["right_by_frame"].T, rows[0]["context"] + 1))
-        for ax, name in zip(axes[1:], ("frechet", "speed")):
-            ax.bar(arm, cell[name].mean(), yerr=deviation(cell[name]), capsize=3)
-            ax.set_title(TITLES[name], fontsize=9)
-    label(axes[0], "frame", TITLES["right"])
-    save(fig, axes[0], path)
+def draw_frames(rows, path):
+    """Draw scores against frame index over four times the trained length."""
+    names = [name for name in FRAMES if f"{name}_by_frame" in rows[0]]
+    fig, axes = panels(len(names))
+    for ax, name in zip(axes, names):
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            values = [row[f"{name}_by_frame"] for row in rows if row["arm"] == arm]
+            values = np.array(values, float)
+            line(ax, arm, np.arange(values.shape[1]) + rows[0]["context"] + 1, values)
+        ax.set_xlabel("frame")
+        ax.set_title(FRAMES[name], fontsize=9)
+    return save(fig, axes[0], path)
 
 
-def draw_losses(rows, path, arms=("canvas", "uniform", "uniform, deeper")):
-    """Draw held-out losses against training step and mask ratio, over those of `uniform`."""
-    fig, axes = panels(4)
-    of = {(row["arm"], row["seed"]): row for row in rows if row["arm"] in arms}
-    seeds = dict.fromkeys(seed for _, seed in of)
-    names = [name for name in rows[0]["end"] if name.startswith("diffusion@")]
-    ratios = {name: float(name.split("@")[1]) for name in names}
-
-    def ends(arm):
-        return np.array([[of[arm, seed]["end"][name] for name in names] for seed in seeds])
-
-    def curves(arm, name):
-        return np.array([[point[name] for point in of[arm, seed]["curve"]] for seed in seeds])
-
+def draw_losses(rows, path):
+    """Draw held-out losses against mask ratio, over those of the uniform mask, seed by seed."""
+    of = {(row["arm"], row["seed"]): row["losses"] for row in rows}
+    names = [name for name in rows[0]["losses"] if name.startswith("diffusion@")]
+    fig, axes = panels(1)
     for arm in dict.fromkeys(arm for arm, _ in of):
-        steps = [point["step"] for point in next(iter(of.values()))["curve"]]
-        for ax, name in zip(axes, (names[-1], names[0])):
-            relative = curves(arm, name) / curves("uniform", name)
-            line(ax, arm, zip(steps, relative.T), **MARKED)
-            title = f"loss at mask ratio {ratios[name]}, over that of the uniform mask"
-            label(ax, "training step", title)
-        line(axes[2], arm, zip(ratios.values(), ends(arm).T), **MARKED)
-        line(axes[3], arm, zip(ratios.values(), (ends(arm) / ends("uniform")).T), **MARKED)
-    label(axes[2], "mask ratio", "loss at the end")
-    label(axes[3], "mask ratio", "loss at the end, over that of the uniform mask")
-    save(fig, axes[0], path)
+        pairs = [(of[key], of["uniform", key[1]]) for key in of if key[0] == arm]
+        relative = np.array([[own[name] / base[name] for name in names] for own, base in pairs])
+        line(axes[0], arm, [float(name.split("@")[1]) for name in names], relative)
+    axes[0].set_xlabel("mask ratio")
+    axes[0].set_title("held-out diffusion loss over that of the uniform mask", fontsize=9)
+    return save(fig, axes[0], path)
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -214,75 +172,42 @@ def markdown(head, lines) -> str:
 
 def table(rows) -> str:
     """Return a line a cell: mean and standard deviation over the training seeds."""
-    titles = {name: title for name, title in TITLES.items() if any(name in row for row in rows)}
+    keys = ("arm", "train_steps", *WAY, "steps")
+    cells = over_seeds(sorted(rows, key=lambda row: -row["train_steps"]), *keys)
+    every = [name for name in TITLES if not all(np.isnan(c[name]).all() for c in cells.values())]
     lines = [
-        (arm, pair, s, f"{cell['flops'].mean() / 1e6:.0f}", *(mean(cell[name]) for name in titles))
-        for (arm, pair, s), cell in over_seeds(labelled(rows), "arm", "scales", "steps").items()
+        (
+            *key,
+            f"{c['flops'].mean() / 1e6:.0f}",
+            len(c["flops"]),
+            *(mean(c[name]) for name in every),
+        )
+        for key, c in cells.items()
     ]
-    return markdown(["arm", "w_t, w_s", "S", "MFLOP a frame", *titles.values()], lines)
-
-
-def differences(rows) -> str:
-    """Return the first arm less each other, seed by seed: mean and standard deviation."""
-    names, first = ("right", "frechet", "speed", "psnr", "spread"), rows[0]["arm"]
-    cells, lines = {}, []
-    for row in labelled(rows):
-        guidance = "none" if row["scales"] == "(1, 1)" else "own best"
-        cells.setdefault((row["arm"], guidance, row["steps"]), {})[row["seed"]] = row
-    for (arm, *where), cell in cells.items():
-        if arm != first and (own := cells.get((first, *where))):
-            less = [
-                np.array([own[seed][name] - cell[seed][name] for seed in own]) for name in names
-            ]
-            lines.append((arm, *where, *(mean(values, "+") for values in less)))
-    about = f"\n{first} less the other arms, each pair trained with the same seed:\n\n"
-    return about + markdown(["less", "guidance", "S", *(TITLES[name] for name in names)], lines)
+    head = ["arm", "training steps", "w_t = w_s", "noise", "order", "S", "MFLOP a frame", "seeds"]
+    return markdown([*head, *(TITLES[name] for name in every)], lines)
 
 
 def losses_table(rows) -> str:
-    """Return a line an arm: held-out losses at the end, mean and deviation over the seeds."""
-    names, ends = [name for name in rows[0]["end"] if name.startswith("diffusion@")], {}
+    """Return a line an arm: held-out losses, mean and deviation over the seeds."""
+    names, ends = list(rows[0]["losses"]), {}
     for row in rows:
-        values = [row["end"].get(name, np.nan) for name in (*names, "canvas")]
-        ends.setdefault(row["arm"], []).append(values)
-    ratios = [f"diffusion loss at mask ratio {name.split('@')[1]}" for name in names]
-    lines = [(arm, len(of), *map(mean, np.array(of).T)) for arm, of in ends.items()]
-    return markdown(["arm", "seeds", *ratios, "error of the canvas"], lines)
+        values = [row["losses"].get(name, np.nan) for name in names]
+        ends.setdefault((row["arm"], row["train_steps"]), []).append(values)
+    lines = [(*arm, len(of), *map(mean, np.array(of).T)) for arm, of in ends.items()]
+    return markdown(["arm", "training steps", "seeds", *names], lines)
 
 
-def explain_row(row) -> str:
-    """Return the arm of a row of `choice`, and what is sampled otherwise than usual there."""
-    usual = {  # value and text
-        "samples": (2, "best of {} samples"),
-        "choice_steps": (5, "prior in {} steps"),
-        "cfg_choice": (1.0, "prior guided by {}"),
-        "choice_temperature": (1.0, "temperature {}"),
-    }
-    said = [
-        text.format(row[key])
-        for key, (value, text) in usual.items()
-        if row.get(key, value) != value
-    ]
-    return ", ".join([row["arm"], *said])
-
-
-ORDER = dict(names=("frechet", "right", "speed", "spread"), by=("order",), against=("steps",))
-DRAWN = {  # function(rows, path of the picture)
-    "guidance": draw_guidance,
-    "steps": lambda rows, path: draw_scores(
-        labelled(rows), path, ("frechet", "right", "speed", "psnr")
-    ),
-    "length": draw_length,
-    "order": partial(draw_scores, **ORDER, fontsize=7),
-    "losses": draw_losses,
-    "choice": draw_choice,
-}
-TABLES = {  # function(rows) -> Markdown
-    "steps": lambda rows: table(rows) + differences(rows),
-    "levers": table,
-    "ablations": table,
-    "losses": losses_table,
-    "choice": lambda rows: table(
-        [row | {"arm": explain_row(row)} for row in rows if row["samples"] > 1]
-    ),
-}
+def draw(world, rows, out):
+    """Write all that the rows of a world give; yield the paths."""
+    out, losses = Path(out), [row for row in rows if row["what"] == "losses"]
+    if usual := scored(rows):
+        write_text(
+            out / f"{world}.md", table(usual) + "\n" + (losses and losses_table(losses) or "")
+        )
+        yield out / f"{world}.md"
+        yield draw_steps(whole(usual), out / f"{world}_steps.png")
+    if long := scored(rows, long=True):
+        yield draw_frames(whole(long), out / f"{world}_frames.png")
+    if losses and any(row["arm"] == "uniform" for row in whole(losses)):
+        yield draw_losses(whole(losses), out / f"{world}_losses.png")

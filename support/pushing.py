@@ -272,6 +272,24 @@ def shape_scores(video: np.ndarray, found: dict, state: State) -> np.ndarray:
     return np.where(missing[..., 0], np.nan, result)
 
 
+def hue_errors(clip: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Degrees between the hue of coloured pixels and the nearest true one: mean of a frame, (T,).
+
+    clip: uint8 (T, H, W, 3); colours: rows of PALETTE in the clip. NaN of a frame without colour.
+    """
+
+    def hue(rgb):
+        r, g, b = np.moveaxis(rgb, -1, 0)
+        return np.degrees(np.arctan2(3**0.5 * (g - b), 2 * r - g - b))
+
+    rgb = clip.astype(np.float32) / 255
+    away = np.abs(hue(rgb)[..., None] - hue(PALETTE[[c for c in colours if c]]))  # (T, H, W, n)
+    away = np.minimum(away, 360 - away).min(-1)
+    coloured = np.ptp(rgb, axis=-1) > 0.3
+    count = coloured.sum((1, 2))
+    return (away * coloured).sum((1, 2)) / np.where(count, count, np.nan)
+
+
 def object_measures(clip: np.ndarray, state: State, context: int) -> dict[str, np.ndarray]:
     """Score the predicted frames of a clip, uint8 (T, H, W, 3): arrays (T - context, ...).
 
