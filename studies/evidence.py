@@ -50,7 +50,7 @@ FREE += ("train.keep", "sample")
 class Plan:
     """How much is trained and scored."""
 
-    config: str = "config.yaml"
+    file: str = "config.yaml"  # of the configuration that all arms are changes of
     whole: bool = False  # all training steps, or half of them
     clips: int = 128  # scored, and as many others to choose sampling settings on
     samples: int = 2  # of each clip, at least 2
@@ -58,11 +58,11 @@ class Plan:
 
     @property
     def world(self) -> str:
-        return Path(self.config).stem.replace("config", "pushing")
+        return Path(self.file).stem.replace("config", "pushing")
 
-    def words(self, arm, seed) -> list[str]:
+    def told(self, arm, seed) -> list[str]:
         """Return the arguments of train.py after the configuration file."""
-        steps = config.load(self.config).train.steps // (1 if self.whole else 2)
+        steps = config.load(self.file).train.steps // (1 if self.whole else 2)
         keys = FIXED | {"train.steps": steps, "seed": seed, "run": self.folder(arm, seed)}
         keys |= {"tokenizer.checkpoint": self.folder("tokenizer", 0) / "tokenizer.pt"}
         keys |= {"train.preview_every": max(1, steps // 5)}
@@ -70,7 +70,7 @@ class Plan:
 
     def load(self, arm="paper", seed=0) -> config.Config:
         """Return the configuration of an arm. Raises UserError."""
-        return config.load(self.config, self.words(arm, seed))
+        return config.load(self.file, self.told(arm, seed))
 
     def folder(self, arm, seed) -> Path:
         name = f"{'whole' if self.whole else 'half'}_{arm}_{seed}" if arm != "tokenizer" else arm
@@ -78,7 +78,7 @@ class Plan:
 
     def arms(self) -> dict:
         """Return {name: the keys in which it differs from the configuration}."""
-        m = config.load(self.config).model
+        m = config.load(self.file).model
         uniform = {"model.canvas": False}
         change = {"model.canvas_change": True}
         # The noise of before, f + sigma eps with sigma up to 1.2, has the same ratios of noise to
@@ -121,13 +121,13 @@ def train(plan, arm, seed):
     newest = storage.steps(Path(cfg.run), "")
     if not newest or newest[0].name != f"step_{cfg.train.steps:08d}.pt":
         log(f"training {arm}, seed {seed}, {cfg.train.steps} steps")
-        run_train(plan, plan.words(arm, seed), Path(cfg.run))
+        run_train(plan, plan.told(arm, seed), Path(cfg.run))
 
 
 def run_train(plan, told, folder):
     """Run train.py, whose output goes to train.log. Raises UserError if it fails."""
     with open(storage.make_folder(folder) / "train.log", "ab") as file:
-        command = [sys.executable, ROOT / "train.py", plan.config, *told]
+        command = [sys.executable, ROOT / "train.py", plan.file, *told]
         done = subprocess.run(command, stdout=file, stderr=file)
     if done.returncode:
         raise UserError(f"training ended with status {done.returncode}: {folder / 'train.log'}")
@@ -327,7 +327,7 @@ def main():
     parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("draw", nargs="?", choices=["draw"], help="only draw what is stored")
-    add("--config", default=Plan.config, help="what all arms are changes of")
+    add("--config", default=Plan.file, help="what all arms are changes of")
     add("--whole", action="store_true", help="five arms, all training steps, more settings")
     add("--arms", help="which, by commas (a wrong name lists them)")
     add("--seeds", help="of training, by commas (default: 0, or 0,1,2 of the whole training)")

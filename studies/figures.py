@@ -153,7 +153,8 @@ def draw_losses(rows, path):
     names = [name for name in rows[0]["losses"] if name.startswith("diffusion@")]
     fig, axes = panels(1)
     for arm in dict.fromkeys(arm for arm, _ in of):
-        pairs = [(of[key], of["uniform", key[1]]) for key in of if key[0] == arm]
+        seeds = [seed for name, seed in of if name == arm and ("uniform", seed) in of]
+        pairs = [(of[arm, seed], of["uniform", seed]) for seed in seeds]
         relative = np.array([[own[name] / base[name] for name in names] for own, base in pairs])
         line(axes[0], arm, [float(name.split("@")[1]) for name in names], relative)
     axes[0].set_xlabel("mask ratio")

@@ -1,77 +1,18 @@
-"""Figures and tables are what the stored scores say, byte for byte."""
-
-import json
+"""Tables and figures say what the lines do."""
 
 import numpy as np
-import pytest
-from conftest import ROOT
 
 from studies import figures
 
-OUT = ROOT / "results/evidence"
 
-
-def stored(name) -> list:
-    return json.loads((OUT / f"{name}.json").read_text())["rows"]
-
-
-@pytest.mark.parametrize("name", figures.TABLES)
-def test_tables_are_those_of_the_stored_scores(name):
-    assert figures.TABLES[name](stored(name)) == (OUT / f"{name}.md").read_text()
-
-
-@pytest.mark.parametrize("name", figures.DRAWN)
-def test_figures_are_drawn_from_the_stored_scores(name, tmp_path):
-    image = pytest.importorskip("matplotlib.image")
-    figures.DRAWN[name](stored(name), tmp_path / "drawn.png")
-    drawn, there = (image.imread(path) for path in (tmp_path / "drawn.png", OUT / f"{name}.png"))
-    assert drawn.shape == there.shape  # fonts differ a little between versions of matplotlib
-    assert np.abs(drawn - there).mean() < 0.01
-
-
-def cells(line) -> list[str]:
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
-
-
-@pytest.mark.parametrize(
-    "file, part, arms",
-    [
-        ("RESULTS", "levers", {}),
-        ("CHOICE", "choice", {"choosing canvas": "w of 16"}),
-    ],
-)
-def test_the_tables_of_the_docs_are_excerpts_of_the_stored_ones(file, part, arms):
-    """Each row has S, cost and scores, in this order, of a row of that arm in the stored table."""
-    names = {
-        "config.yaml": "past noise x2, change of the last frame",
-        "uniform, deeper, same noise": "past noise x2, uniform, deeper",
-        **arms,
-    }
-    rows = [cells(line) for line in (OUT / f"{part}.md").read_text().splitlines()]
-    text = (ROOT / f"docs/{file}.md").read_text(encoding="utf-8")
-    table = text.split("\n| arm | S |")[1].split("\n\n")[0].splitlines()[2:]
-    assert len(table) > 5
-    for arm, *rest in map(cells, table):
-        for ours, stored_name in names.items():
-            arm = stored_name + arm.removeprefix(ours) if arm.startswith(ours) else arm
-        wanted = [cell for cell in rest if cell]
-        found = [row for row in rows if row[0] == arm and is_excerpt(wanted, row[2:])]
-        assert found, (arm, wanted)
-
-
-def is_excerpt(wanted, row) -> bool:
-    rest = iter(row)
-    return all(cell in rest for cell in wanted)
-
-
-def test_differences_are_of_the_same_seed():
-    scores = dict.fromkeys(("frechet", "speed", "psnr", "spread"), 1.0)
-    same = {"cfg_temporal": 1, "cfg_canvas": 1, "steps": 1, "flops": 1, **scores}
-    rows = [
+def rows(**changes):
+    same = {"what": "scores", "frames": 10, "context": 2, "train_steps": 2, "cfg_temporal": 1.5}
+    same |= {"frame_noise": 0.3, "order": "random", "steps": 1, "flops": 2e6, "floor": 5.0}
+    same |= {"frechet": 9.0, "psnr": None, "hue_by_frame": [1.0, 2.0], **changes}
+    return [
         same | {"arm": arm, "seed": seed, "right": right}
         for arm, seed, right in (("a", 0, 0.5), ("a", 1, 0.75), ("b", 1, 0.65), ("b", 0, 0.4))
     ]
-    assert "| b | none | 1 | +0.100 ± 0.000 |" in figures.differences(rows)
 
 
 def test_a_mean_is_written_to_two_digits_of_its_deviation():
@@ -82,3 +23,37 @@ def test_a_mean_is_written_to_two_digits_of_its_deviation():
     assert written(0.86, 0.8601) == "0.860050 ± 0.000071" and written(0.12345) == "0.123"
     assert written(2.0, 2.0) == "2.000 ± 0.000" and written(1.0, np.nan) == ""
     assert written(1.0, 2.0, sign="+") == "+1.50 ± 0.71"
+
+
+def test_a_table_has_a_line_a_cell_and_no_column_that_was_never_measured():
+    head, _, first, second = figures.table(rows()).splitlines()
+    assert "PSNR" not in head and "sharpness" not in head and "hue error" in head
+    assert first.startswith(
+        "| a | 2 | 1.5 | 0.3 | random | 1 | 2 | 2 | 9.000 ± 0.000 | 0.62 ± 0.18 |"
+    )
+    assert first.endswith("| 2.000 ± 0.000 |") and second.startswith("| b | 2 |")
+
+
+def test_long_rollouts_other_parts_and_shorter_trainings_are_kept_apart():
+    usual, long, tuning = rows(), rows(frames=24), rows(what="tuning")
+    every = usual + long + tuning + rows(train_steps=1)
+    assert figures.scored(every) == usual + rows(train_steps=1)
+    assert figures.scored(every, long=True) == long
+    assert figures.whole(every) == usual + long + tuning
+
+
+def test_losses_are_compared_seed_by_seed(tmp_path):
+    losses = {"diffusion@0.1": 0.5, "diffusion@1.0": 1.0, "canvas": 0.2}
+    found = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "train_steps": 2,
+            "losses": {k: v * scale for k, v in losses.items()},
+        }
+        for arm, seed, scale in (("a", 0, 1.0), ("uniform", 0, 2.0), ("uniform", 1, 2.5))
+    ]
+    assert figures.draw_losses(found, tmp_path / "x.png").stat().st_size > 1000
+    _, _, first, second = figures.losses_table(found).splitlines()
+    assert first == "| a | 2 | 1 | 0.500 | 1.000 | 0.200 |"
+    assert second.startswith("| uniform | 2 | 2 | 1.12 ± 0.18 | ")
