@@ -1,0 +1,132 @@
+"""A world that nobody here made: clips of Doom, rendered by ViZDoom, as a folder of videos.
+
+    pip install vizdoom
+    python -m studies.doom data/doom        # data/doom/{train,test}/SCENARIO/NUMBER.mp4
+    torchrun train.py configs/doom.yaml
+
+Scenarios of World Models and GameNGen, played at random: each held choice of buttons lasts for
+a geometric number of frames. (seed, split, number) alone decides a clip.
+"""
+
+import hashlib
+import os
+import queue
+import tempfile
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from support import config, storage
+from support.config import UserError
+from support.data import SPLITS
+from support.pictures import write_mp4
+
+SCENARIOS = ("health_gathering", "take_cover")
+TICS = 2  # of the game, 35 a second, per frame
+CROP = 128  # pixels, the centre of a screen of 256x192: 53 degrees of the view
+HOLD = 0.9  # probability that a frame's buttons are those of the frame before
+LATEST = 150  # a clip begins after fewer frames than this of its episode
+LONGEST = 128  # frames of a clip; random play does not live much longer
+HELD_OUT = 10  # one test clip for so many training clips
+
+
+def start_game(vizdoom, scenario: str):
+    """Return a running game without a window, status bar, weapon or cross hair."""
+    game = vizdoom.DoomGame()
+    game.load_config(os.path.join(vizdoom.scenarios_path, f"{scenario}.cfg"))
+    game.set_screen_resolution(vizdoom.ScreenResolution.RES_256X192)
+    game.set_screen_format(vizdoom.ScreenFormat.RGB24)
+    game.set_window_visible(False)
+    game.set_render_hud(False)
+    game.set_render_weapon(False)
+    game.set_render_crosshair(False)
+    game.init()
+    return game
+
+
+def play(game, rng, frames: int):
+    """Play an episode from a random frame on; return its screens, [uint8 (192, 256, 3)].
+
+    At most `frames` of them: fewer if the episode ends before.
+    """
+    game.set_seed(int(rng.integers(2**31)))
+    game.new_episode()
+    first, buttons, screens = int(rng.integers(LATEST)), game.get_available_buttons_size(), []
+    for t in range(first + frames):
+        if game.is_episode_finished():
+            break
+        if t >= first:
+            screens.append(game.get_state().screen_buffer)
+        if t == 0 or rng.random() > HOLD:
+            pressed = int(rng.integers(1, 2**buttons))  # any of the buttons, at least one
+            game.set_action([pressed >> k & 1 for k in range(buttons)])
+        game.advance_action(TICS, t + 1 >= first)  # what is not shown is not drawn
+    return screens
+
+
+def render(game, key, frames: int, size: int) -> np.ndarray:
+    """Return the clip that `key`, a list of integers, decides: uint8 (frames, size, size, 3)."""
+    rng, screens = np.random.default_rng(key), []
+    while len(screens) < frames:  # an episode that ends early gives no clip
+        screens = play(game, rng, frames)
+    height, width = screens[0].shape[:2]
+    top, left, k = (height - CROP) // 2, (width - CROP) // 2, CROP // size
+    centre = np.stack(screens)[:, top : top + CROP, left : left + CROP].astype(np.uint32)
+    blocks = [centre[:, i::k, j::k] for i in range(k) for j in range(k)]
+    return ((sum(blocks) + k * k // 2) // (k * k)).astype(np.uint8)  # rounded means of k x k pixels
+
+
+def write_clips(vizdoom, out: Path, clips: int, frames: int, size: int, seed: int) -> str:
+    """Write all clips below `out`; return the SHA-256 of their frames, before they are encoded."""
+    jobs = [("train", i) for i in range(clips)] + [
+        ("test", i) for i in range(-(-clips // HELD_OUT))
+    ]
+    idle, digest, threads = queue.SimpleQueue(), hashlib.sha256(), os.cpu_count() or 1
+    for folder in ((split, scenario) for split in SPLITS for scenario in SCENARIOS):
+        storage.make_folder(out.joinpath(*folder))
+    for _ in range(threads):
+        idle.put({scenario: start_game(vizdoom, scenario) for scenario in SCENARIOS})
+
+    def work(job):
+        split, number = job
+        games, scenario = idle.get(), SCENARIOS[number % len(SCENARIOS)]
+        clip = render(games[scenario], [seed, SPLITS.index(split), number], frames, size)
+        idle.put(games)
+        if not write_mp4(clip[None], out / split / scenario / f"{number:05}.mp4", 35 / TICS, 1):
+            raise UserError("without it there is no data set")
+        return clip
+
+    with ThreadPool(threads) as pool:  # the games are processes of their own
+        for clip in tqdm(pool.imap(work, jobs), "rendering", len(jobs), unit="clip"):
+            digest.update(clip.tobytes())
+    return digest.hexdigest()
+
+
+def main():
+    """The command line. Raises UserError."""
+    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("out", help="folder to write, empty or not there yet")
+    parser.add_argument("--clips", type=int, default=4000, help="of training; a tenth more of test")
+    parser.add_argument("--size", type=int, default=64, help=f"pixels, a divisor of {CROP}")
+    parser.add_argument("--frames", type=int, default=32, help="of a clip")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if CROP % max(args.size, 1) or args.size < 8:
+        raise UserError(f"--size {args.size} is no divisor of {CROP}, or below 8")
+    if not (0 < args.clips <= 10**6 and 0 < args.frames <= LONGEST and args.seed >= 0):
+        raise UserError(f"--clips from 1 to a million, --frames from 1 to {LONGEST}, --seed from 0")
+    vizdoom = config.require("vizdoom", "vizdoom")
+    out = storage.make_folder(args.out).resolve()
+    if any(out.iterdir()):
+        raise UserError(f"{args.out} is not empty")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # where the game leaves its settings
+        digest = write_clips(vizdoom, out, args.clips, args.frames, args.size, args.seed)
+        os.chdir(out)
+    print(f"SHA-256 of all frames, ViZDoom {vizdoom.__version__}: {digest}")
+
+
+if __name__ == "__main__":
+    config.run_main(main)
