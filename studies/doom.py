@@ -79,11 +79,14 @@ def render(game, key, frames: int, size: int) -> np.ndarray:
 
 
 def write_clips(vizdoom, out: Path, clips: int, frames: int, size: int, seed: int) -> str:
-    """Write all clips below `out`; return the SHA-256 of their frames, before they are encoded."""
+    """Write all clips below `out`; return the SHA-256 of their frames, before they are encoded.
+
+    Raises UserError if there is no encoder.
+    """
     jobs = [("train", i) for i in range(clips)] + [
         ("test", i) for i in range(-(-clips // HELD_OUT))
     ]
-    idle, digest, threads = queue.SimpleQueue(), hashlib.sha256(), os.cpu_count() or 1
+    idle, digest, threads = queue.SimpleQueue(), hashlib.sha256(), min(os.cpu_count() or 1, 16)
     for folder in ((split, scenario) for split in SPLITS for scenario in SCENARIOS):
         storage.make_folder(out.joinpath(*folder))
     for _ in range(threads):
@@ -95,7 +98,7 @@ def write_clips(vizdoom, out: Path, clips: int, frames: int, size: int, seed: in
         clip = render(games[scenario], [seed, SPLITS.index(split), number], frames, size)
         idle.put(games)
         if not write_mp4(clip[None], out / split / scenario / f"{number:05}.mp4", 35 / TICS, 1):
-            raise UserError("without it there is no data set")
+            raise UserError("PyAV and its encoder libx264 are needed to write clips")
         return clip
 
     with ThreadPool(threads) as pool:  # the games are processes of their own
@@ -117,15 +120,17 @@ def main():
         raise UserError(f"--size {args.size} is no divisor of {CROP}, or below 8")
     if not (0 < args.clips <= 10**6 and 0 < args.frames <= LONGEST and args.seed >= 0):
         raise UserError(f"--clips from 1 to a million, --frames from 1 to {LONGEST}, --seed from 0")
-    vizdoom = config.require("vizdoom", "vizdoom")
+    if os.path.isdir(args.out) and os.listdir(args.out):
+        raise UserError(f"the folder {args.out} is not empty; delete it or name another")
+    vizdoom, before = config.require("vizdoom", "vizdoom"), os.getcwd()
     out = storage.make_folder(args.out).resolve()
-    if any(out.iterdir()):
-        raise UserError(f"{args.out} is not empty")
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # where the game leaves its settings
-        digest = write_clips(vizdoom, out, args.clips, args.frames, args.size, args.seed)
-        os.chdir(out)
-    print(f"SHA-256 of all frames, ViZDoom {vizdoom.__version__}: {digest}")
+        try:
+            os.chdir(folder)  # where the game leaves its settings
+            digest = write_clips(vizdoom, out, args.clips, args.frames, args.size, args.seed)
+        finally:
+            os.chdir(before)
+    print(f"ViZDoom {vizdoom.__version__}, SHA-256 of all frames before encoding: {digest}")
 
 
 if __name__ == "__main__":
