@@ -4,7 +4,7 @@
     python -m studies.doom data/doom        # data/doom/{train,test}/SCENARIO/NUMBER.mp4
     torchrun train.py configs/doom.yaml
 
-Scenarios of World Models and GameNGen, played at random: each held choice of buttons lasts for
+Two of its scenarios (`take_cover` is that of World Models), played at random: buttons are held for
 a geometric number of frames. (seed, split, number) alone decides a clip.
 """
 
