@@ -8,7 +8,9 @@ Two of its scenarios (`take_cover` is that of World Models), played at random: b
 a geometric number of frames. (seed, split, number) alone decides a clip.
 """
 
+import contextlib
 import hashlib
+import math
 import os
 import queue
 import tempfile
@@ -32,8 +34,9 @@ LONGEST = 128  # frames of a clip; random play does not live much longer
 HELD_OUT = 10  # one test clip for so many training clips
 
 
+@contextlib.contextmanager
 def start_game(vizdoom, scenario: str):
-    """Return a running game without a window, status bar, weapon or cross hair."""
+    """Run a game, a process of its own, without a window, status bar, weapon or cross hair."""
     game = vizdoom.DoomGame()
     game.load_config(os.path.join(vizdoom.scenarios_path, f"{scenario}.cfg"))
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_256X192)
@@ -42,8 +45,11 @@ def start_game(vizdoom, scenario: str):
     game.set_render_hud(False)
     game.set_render_weapon(False)
     game.set_render_crosshair(False)
-    game.init()
-    return game
+    try:
+        game.init()
+        yield game
+    finally:
+        game.close()
 
 
 def play(game, rng, frames: int):
@@ -83,25 +89,29 @@ def write_clips(vizdoom, out: Path, clips: int, frames: int, size: int, seed: in
 
     Raises UserError if there is no encoder.
     """
-    jobs = [("train", i) for i in range(clips)] + [
-        ("test", i) for i in range(-(-clips // HELD_OUT))
-    ]
+    counts = {"train": clips, "test": math.ceil(clips / HELD_OUT)}
+    jobs = [(split, number) for split in SPLITS for number in range(counts[split])]
     idle, digest, threads = queue.SimpleQueue(), hashlib.sha256(), min(os.cpu_count() or 1, 16)
-    for folder in ((split, scenario) for split in SPLITS for scenario in SCENARIOS):
-        storage.make_folder(out.joinpath(*folder))
-    for _ in range(threads):
-        idle.put({scenario: start_game(vizdoom, scenario) for scenario in SCENARIOS})
 
     def work(job):
         split, number = job
-        games, scenario = idle.get(), SCENARIOS[number % len(SCENARIOS)]
-        clip = render(games[scenario], [seed, SPLITS.index(split), number], frames, size)
-        idle.put(games)
-        if not write_mp4(clip[None], out / split / scenario / f"{number:05}.mp4", 35 / TICS, 1):
-            raise UserError("PyAV and its encoder libx264 are needed to write clips")
+        which, games = number % len(SCENARIOS), idle.get()
+        try:
+            clip = render(games[which], [seed, SPLITS.index(split), number], frames, size)
+        finally:
+            idle.put(games)
+        folder = storage.make_folder(out / split / SCENARIOS[which])
+        if not write_mp4(clip[None], folder / f"{number:05}.mp4", fps=35 / TICS, scale=1):
+            raise UserError("clips need PyAV and its encoder libx264: pip install av")
         return clip
 
-    with ThreadPool(threads) as pool:  # the games are processes of their own
+    with contextlib.ExitStack() as stack:
+        for _ in range(threads):
+            games = [stack.enter_context(start_game(vizdoom, name)) for name in SCENARIOS]
+            idle.put(games)
+        pool = ThreadPool(threads)
+        stack.callback(pool.join)  # before the games are closed
+        stack.enter_context(pool)
         for clip in tqdm(pool.imap(work, jobs), "rendering", len(jobs), unit="clip"):
             digest.update(clip.tobytes())
     return digest.hexdigest()
@@ -122,14 +132,12 @@ def main():
         raise UserError(f"--clips from 1 to a million, --frames from 1 to {LONGEST}, --seed from 0")
     if os.path.isdir(args.out) and os.listdir(args.out):
         raise UserError(f"the folder {args.out} is not empty; delete it or name another")
-    vizdoom, before = config.require("vizdoom", "vizdoom"), os.getcwd()
+    vizdoom = config.require("vizdoom", "vizdoom")
     out = storage.make_folder(args.out).resolve()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            os.chdir(folder)  # where the game leaves its settings
-            digest = write_clips(vizdoom, out, args.clips, args.frames, args.size, args.seed)
-        finally:
-            os.chdir(before)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        stack.callback(os.chdir, os.getcwd())
+        os.chdir(folder)  # where the game leaves its settings
+        digest = write_clips(vizdoom, out, args.clips, args.frames, args.size, args.seed)
     print(f"ViZDoom {vizdoom.__version__}, SHA-256 of all frames before encoding: {digest}")
 
 

@@ -45,10 +45,9 @@ def test_two_processes_render_the_same_frames(clips, tmp_path):
 def test_a_clip_does_not_depend_on_the_clips_before_it(vizdoom, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for scenario in doom.SCENARIOS:
-        game = doom.start_game(vizdoom, scenario)
-        forth = [doom.render(game, [0, 0, i], 8, 32) for i in range(3)]
-        back = [doom.render(game, [0, 0, i], 8, 32) for i in (2, 1, 0)][::-1]
-        game.close()
+        with doom.start_game(vizdoom, scenario) as game:
+            forth = [doom.render(game, [0, 0, i], 8, 32) for i in range(3)]
+            back = [doom.render(game, [0, 0, i], 8, 32) for i in (2, 1, 0)][::-1]
         assert np.array_equal(forth, back)
         assert len({clip.tobytes() for clip in forth}) == 3
         assert all((clip[0] != clip[-1]).any() for clip in forth)  # something moves
