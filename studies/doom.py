@@ -34,9 +34,8 @@ LONGEST = 128  # frames of a clip; random play does not live much longer
 HELD_OUT = 10  # one test clip for so many training clips
 
 
-@contextlib.contextmanager
 def start_game(vizdoom, scenario: str):
-    """Run a game, a process of its own, without a window, status bar, weapon or cross hair."""
+    """Start a game without a window, status bar, weapon or cross hair: a context that closes it."""
     game = vizdoom.DoomGame()
     game.load_config(os.path.join(vizdoom.scenarios_path, f"{scenario}.cfg"))
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_256X192)
@@ -45,17 +44,14 @@ def start_game(vizdoom, scenario: str):
     game.set_render_hud(False)
     game.set_render_weapon(False)
     game.set_render_crosshair(False)
-    try:
-        game.init()
-        yield game
-    finally:
-        game.close()
+    game.init()
+    return contextlib.closing(game)
 
 
 def play(game, rng, frames: int):
-    """Play an episode from a random frame on; return its screens, [uint8 (192, 256, 3)].
+    """Play an episode; return its screens from a random frame on, [uint8 (192, 256, 3)].
 
-    At most `frames` of them: fewer if the episode ends before.
+    Fewer than `frames` if it ends before.
     """
     game.set_seed(int(rng.integers(2**31)))
     game.new_episode()
@@ -100,15 +96,14 @@ def write_clips(vizdoom, out: Path, clips: int, frames: int, size: int, seed: in
             clip = render(games[which], [seed, SPLITS.index(split), number], frames, size)
         finally:
             idle.put(games)
-        folder = storage.make_folder(out / split / SCENARIOS[which])
-        if not write_mp4(clip[None], folder / f"{number:05}.mp4", fps=35 / TICS, scale=1):
+        file = storage.make_file(out / split / SCENARIOS[which] / f"{number:05}.mp4")
+        if not write_mp4(clip[None], file, fps=35 / TICS, scale=1):
             raise UserError("clips need PyAV and its encoder libx264: pip install av")
         return clip
 
     with contextlib.ExitStack() as stack:
         for _ in range(threads):
-            games = [stack.enter_context(start_game(vizdoom, name)) for name in SCENARIOS]
-            idle.put(games)
+            idle.put([stack.enter_context(start_game(vizdoom, name)) for name in SCENARIOS])
         pool = ThreadPool(threads)
         stack.callback(pool.join)  # before the games are closed
         stack.enter_context(pool)
