@@ -189,9 +189,8 @@ def watched(run, make, by_frame):
         by_frame["psnr"].append((-10 * torch.log10((x - y).square().mean((2, 3, 4)) / 4)).numpy())
         by_frame["sharpness"].append((gradient(y).mean(0) / gradient(x).mean(0))[None].numpy())
         if run.name == "pushing":
-            colours = [run.test.state(index).colour for index in indices]
-            pixels = to_uint8(y)
-            by_frame["hue"].append(np.stack([hue_errors(*of) for of in zip(pixels, colours)]))
+            states = map(run.test.state, indices)
+            by_frame["hue"].append(np.stack([*map(hue_errors, to_uint8(y), states)]))
         return video
 
     return kind

@@ -272,10 +272,9 @@ def shape_scores(video: np.ndarray, found: dict, state: State) -> np.ndarray:
     return np.where(missing[..., 0], np.nan, result)
 
 
-def hue_errors(clip: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Degrees between the hue of coloured pixels and the nearest true one: mean of a frame, (T,).
-
-    clip: uint8 (T, H, W, 3); colours: rows of PALETTE in the clip. NaN of a frame without colour.
+def hue_errors(clip: np.ndarray, state: State) -> np.ndarray:
+    """(T,): mean distance in degrees of coloured pixels' hues to the nearest true one, of frames
+    uint8 (T, H, W, 3). NaN of a frame without colour.
     """
 
     def hue(rgb):
@@ -283,11 +282,9 @@ def hue_errors(clip: np.ndarray, colours: np.ndarray) -> np.ndarray:
         return np.degrees(np.arctan2(3**0.5 * (g - b), 2 * r - g - b))
 
     rgb = clip.astype(np.float32) / 255
-    away = np.abs(hue(rgb)[..., None] - hue(PALETTE[[c for c in colours if c]]))  # (T, H, W, n)
+    away = np.abs(hue(rgb)[..., None] - hue(PALETTE[state.colour[1:]]))  # (T, H, W, objects)
     away = np.minimum(away, 360 - away).min(-1)
-    coloured = np.ptp(rgb, axis=-1) > 0.3
-    count = coloured.sum((1, 2))
-    return (away * coloured).sum((1, 2)) / np.where(count, count, np.nan)
+    return np.ma.masked_array(away, np.ptp(rgb, axis=-1) <= 0.3).mean((1, 2)).filled(np.nan)
 
 
 def object_measures(clip: np.ndarray, state: State, context: int) -> dict[str, np.ndarray]:

@@ -300,3 +300,19 @@ def test_a_lost_gripper_has_no_speed_and_no_place(clips):
         and not found["right"][-1]
     )
     assert found["lost"].tolist() == [False] * 7 + [True]
+
+
+@given(st.integers(0, 1000), st.floats(5, 25))
+def test_hues_that_are_turned_are_that_many_degrees_off(index, degrees):
+    clips = source(split="test")
+    video, state = clips.clip(index), clips.state(index)
+    assert (pushing.hue_errors(to_uint8(video[None])[0], state) < 2).all()
+    rgb = (to_uint8(video[None])[0] / 255).astype(np.float64)
+    axis, a = np.ones(3) / 3**0.5, np.radians(degrees)  # a turn about the grey axis
+    cross = np.cross(axis, np.eye(3))
+    turn = np.cos(a) * np.eye(3) + np.sin(a) * cross + (1 - np.cos(a)) * np.outer(axis, axis)
+    turned = np.clip(0.5 + 0.5 * (rgb - 0.5) @ turn, 0, 1)  # half the chroma: none is clipped
+    errors = pushing.hue_errors((turned * 255).round().astype(np.uint8), state)
+    assert (abs(errors - degrees) < 8).all()
+    grey = np.full((10, 32, 32, 3), 128, np.uint8)
+    assert np.isnan(pushing.hue_errors(grey, state)).all()
