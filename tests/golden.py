@@ -4,12 +4,11 @@
     python tests/golden.py OTHER_CHECKOUT    # exit status 1 where that computes other bits
 
 Each entry is a hash of all bytes and a sum of absolute values, which other processors reach up to
-rounding. OTHER_CHECKOUT may be a867726, of before the names changed.
+rounding.
 """
 
 import hashlib
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,27 +24,14 @@ TINY = (
 ).split()
 ARMS = {
     "default": [],
-    "paper": ["model.past_noise=0", "model.canvas_change=false"],
+    "change": ["model.canvas_change=true", "model.tell_noise=true"],
+    "picture": ["model.canvas_as=picture", "model.noisy_past=false"],
     "uniform": ["model.canvas=false"],
     "three branches, motion": ["sample.cfg_canvas=2", "sample.order=motion"],
     "recompute": ["train.recompute=true", "model.diffusion_repeat=3", "sample.solver=euler"],
     "bf16": ["train.precision=bf16"],
     "choice": ["choice.latent=4"],
     "choice, guided": ["choice.latent=4", "choice.cfg=1.5", "choice.temperature=1.3"],
-}
-# Parameters and options as a867726 and before named them.
-EARLIER = {
-    r"\bin_proj\b": "enter",
-    r"\bz_t_proj\b": "temporal",
-    r"\bc_proj\b": "condition",
-    r"\bout_proj\b": "leave",
-    r"^embed_w\b": "choice.enter",
-    r"^(posterior|read|prior)\b": r"choice.\1",
-}
-EARLIER_OPTIONS = {
-    "choice.latent": "model.canvas_latent",
-    "choice.cfg": "sample.cfg_choice",
-    "choice.temperature": "sample.choice_temperature",
 }
 
 
@@ -56,34 +42,9 @@ def entry(*tensors) -> list:
     return [digest, float(sum(abs(a.astype("float64")).sum() for a in arrays))]
 
 
-def canonical(name: str) -> str:
-    """The earlier name of a parameter, by which both layouts agree."""
-    for new, old in EARLIER.items():
-        name = re.sub(new, old, name)
-    return name
-
-
 def by_name(state: dict) -> list:
-    """The tensors of a state dict, or gradients, in the order of their earlier names."""
-    return [state[name] for name in sorted(state, key=canonical)]
-
-
-def layout():
-    """(config module, options with their names here, model builder, load_run) of this checkout."""
-    sys.path.insert(0, str(Path.cwd()))
-    if Path("support").is_dir():
-        from support import config, runs
-
-        return config, lambda words: words, runs.build_model, runs.load_run
-    import config
-    import sample
-    from canvas import CanvasMAR
-
-    def rename(words):
-        pairs = [word.split("=") for word in words]
-        return [f"{EARLIER_OPTIONS.get(key, key)}={value}" for key, value in pairs]
-
-    return config, rename, CanvasMAR, sample.load_run
+    """The tensors of a state dict, or gradients, in the order of their names."""
+    return [state[name] for name in sorted(state)]
 
 
 def measure_arm(model, cfg, name) -> dict:
@@ -93,7 +54,7 @@ def measure_arm(model, cfg, name) -> dict:
     from sample import generate
 
     for key, p in model.named_parameters():  # what starts at zero would hide mistakes
-        g = torch.Generator().manual_seed(zlib.crc32(canonical(key).encode()))
+        g = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         p.data = 0.3 * torch.randn(p.shape, generator=g)
     shape = (2, cfg.data.frames, model.tokens, model.channels)
     f = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -110,25 +71,26 @@ def measure_arm(model, cfg, name) -> dict:
         "steps": entry(*[step for frame in frames for step in frame.steps]),
     }
     if cfg.model.canvas:
-        canvases = [getattr(frame, "f_hat", getattr(frame, "canvas", None)) for frame in frames]
+        canvases = [frame.f_hat for frame in frames]
         found["canvases"] = entry(*canvases)
     return {f"{name}: {what}": value for what, value in found.items()}
 
 
 def measure() -> dict:
     """{name: entry} of the code in the working directory, on one thread."""
-    config, rename, build_model, load_run = layout()
+    sys.path.insert(0, str(Path.cwd()))
+    from support import config, runs
     import torch
 
     torch.set_num_threads(1)
     found = {}
     for arm, changes in ARMS.items():
-        cfg = config.load("config.yaml", [*TINY, *rename(changes)])
-        found |= measure_arm(build_model(cfg), cfg, arm)
+        cfg = config.load("config.yaml", [*TINY, *changes])
+        found |= measure_arm(runs.build_model(cfg), cfg, arm)
     with tempfile.TemporaryDirectory() as folder:
         run = [sys.executable, "train.py", "config.yaml", *TINY, f"run={folder}/run"]
         subprocess.run(run, check=True, capture_output=True)
-        _, model, tokenizer = load_run(f"{folder}/run", torch.device("cpu"))
+        _, model, tokenizer = runs.load_run(f"{folder}/run", torch.device("cpu"))
         state = torch.load(f"{folder}/run/latest.pt", weights_only=True)
     found["training: weights"] = entry(*by_name(state["net"]))
     found["training: average"] = entry(*by_name(state["ema"]))
