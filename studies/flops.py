@@ -112,7 +112,7 @@ def step_parts(model, tokenizer, x, draws, wrap=None, autocast=contextlib.nullco
     def both_ways(part, *args):
         with autocast():
             out = part(*args)
-            tensors = [out] if torch.is_tensor(out) else [*out[:2], *out[2].values()]
+            tensors = [out] if torch.is_tensor(out) else [*out[:-1], *out[-1].values()]
             total = sum(tensor.sum() for tensor in tensors)
         total.backward()
 
