@@ -2,6 +2,7 @@
 
     python -m studies.bench train [config] [key=value]    # a training step: MFU, memory, parts
     python -m studies.bench sample [config] [key=value]   # a generated frame: the same
+    python -m studies.bench attention [config] [key=value]  # the temporal attention in three ways
     python -m studies.bench busy [config] [key=value]     # a step alone, and beside a second copy
     python -m studies.bench cost CONFIG [key=value]       # parameters, FLOPs, memory: counted
 
@@ -9,6 +10,7 @@ Weights and clips are made up, times are medians over --repeats. --json FILE kee
 """
 
 import copy
+import json
 import os
 import platform
 import statistics
@@ -24,9 +26,9 @@ import torch
 
 import sample
 import train
-from canvas import CausalAttention, clip_generator
+from canvas import CausalAttention, Temporal, clip_generator
 from studies.flops import build_parts, count, step_parts, watched
-from studies.reference import loss_everywhere, masked_attend, slow_frames
+from studies.reference import flex_attend, loss_everywhere, masked_attend, slow_frames
 from support import storage
 from support.config import UserError
 from support.fast import compile_parts, to_precision
@@ -167,7 +169,7 @@ class Training:
 
 def bench_train(cfg, args) -> dict:
     """Measure a training step of one process: time, MFU, memory, parts, fast ways and slow ones."""
-    bench, counted = Bench(cfg, args.repeats), count(cfg)
+    bench, counted = Bench(cfg, args.repeats), counts(cfg, args)
     t = Training(cfg, bench)
     wrap, work, pairs = None, t.step, {}
     if compiles(cfg, bench.device):
@@ -176,11 +178,13 @@ def bench_train(cfg, args) -> dict:
         pairs["compiled over eager"] = (work, t.step)
     work()
     memory, activations = peak_memory(bench.device), counted["activation_bytes"]
-    parts = step_parts(t.model, t.tokenizer, t.x, t.draw(), wrap, bench.autocast)
-    parts |= {"optimizer, average": t.update, "drawing noise": t.draw}
+    parts = {}
+    if not args.brief:
+        parts = step_parts(t.model, t.tokenizer, t.x, t.draw(), wrap, bench.autocast)
+        parts |= {"optimizer, average": t.update, "drawing noise": t.draw}
+        pairs |= training_pairs(t)
     seconds = bench.in_turns(parts)  # each alone, forward and backward
     flops, part_flops = counted["step_flops"] + counted["encode_flops"], counted["part_flops"]
-    pairs |= training_pairs(t)
     title = f"{args.config}, a training step"
     figures = bench.measure(title, "step", work, flops, seconds, part_flops, pairs)
     tokens = counted["tokens_a_step"] / figures["step_seconds"]
@@ -280,7 +284,7 @@ def take_steps(cfg, ready, go):
 
 def bench_sample(cfg, args) -> dict:
     """Measure a frame of sample.clips clips, the window full: time, MFU, parts, the slow way."""
-    bench, counted, window = Bench(cfg, args.repeats), count(cfg), cfg.model.window
+    bench, counted, window = Bench(cfg, args.repeats), counts(cfg, args), cfg.model.window
     model = build_parts(cfg)[0].to(bench.device).eval().requires_grad_(False)
     for p in model.parameters():  # what starts at zero could be cheaper
         p.copy_(torch.where(p == 0, 0.02 * torch.randn_like(p), p))
@@ -308,7 +312,8 @@ def bench_sample(cfg, args) -> dict:
     part_flops = {name: len(clips) * flops for name, flops in by_part.items()}
     pairs = {"compiled over eager": (frames(fast), frames(model))} if compiled else {}
     slow = "the sampler over one without cache, all tokens and three branches at every step"
-    pairs[slow] = (frames(model), lambda: frames(model, slow_frames)())
+    if not args.brief:
+        pairs[slow] = (frames(model), lambda: frames(model, slow_frames)())
     title = f"{args.config}, a frame of {len(clips)} clips, S = {cfg.sample.steps}"
     flops = sum(part_flops.values())
     figures = bench.measure(title, "frame", more, flops, parts, part_flops, pairs)
@@ -317,7 +322,59 @@ def bench_sample(cfg, args) -> dict:
     return figures | {"frames_per_second": rate, "counted": counted}
 
 
+# ---------------------------------------------------------------------------------- attention
+
+
+def bench_attention(cfg, args) -> dict:
+    """Time a layer's temporal attention, forward and backward: windows, a mask, FlexAttention.
+
+    `error`: |x - exact| / |exact|, the largest of result and gradients; exact is fp32 under a mask.
+    """
+    bench, m = Bench(cfg, args.repeats), cfg.model
+    dtype = torch.bfloat16 if bench.precision == "bf16" else torch.float32
+    temporal = Temporal(cfg.tokenizer.channels, m.width, m.heads, 1, cfg.grid, m.window)
+    attention, index = temporal.blocks[0].attention, torch.arange(cfg.data.frames)
+    angle = index.repeat_interleave(temporal.tokens)[:, None] * temporal.frequency
+    angle = angle.to(bench.device)
+    shape = (cfg.train.batch, m.heads, len(angle), m.width // m.heads)
+    *inputs, grad = torch.randn(4, *shape, device=bench.device, dtype=dtype)
+
+    def both_ways(attend, dtype=dtype):
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
+        out = attend(attention, q, k, v, angle)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad.to(dtype))]
+
+    ways = {"windows": CausalAttention.attend, "mask": masked_attend}
+    ways["FlexAttention"] = flex_attend(attention, len(angle), bench.device)
+    if compiles(cfg, bench.device):  # FlexAttention is made for it
+        compiled = {f"{name}, compiled": torch.compile(way) for name, way in ways.items()}
+        ways = compiled | {name: ways[name] for name in ("windows", "mask")}
+    exact, error, failed = both_ways(masked_attend, torch.float32), {}, {}
+    for name, way in ways.items():
+        try:
+            pairs = list(zip(both_ways(way), exact))
+            error[name] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+        except Exception as why:  # the others are timed all the same
+            failed[name] = f"{type(why).__name__}: {why}"[:300]
+    seconds = bench.in_turns({name: partial(both_ways, ways[name]) for name in error})
+    for name, taken in seconds.items():
+        print(f"{name:24s} {1e3 * taken:9.3f} ms, error {error[name]:.1e}")
+    print("\n".join(f"{name}: {why}" for name, why in failed.items()))
+    found = {"shape": shape, "seconds": seconds, "error": error, "did_not_run": failed}
+    return bench.figures | found
+
+
 # ----------------------------------------------------------------------- arithmetic and memory
+
+
+def counts(cfg, args) -> dict:
+    """Count a configuration, or read what was counted of it: counting can take half a minute."""
+    if args.counted and Path(args.counted).exists():
+        return json.loads(Path(args.counted).read_text())
+    counted = count(cfg)
+    if args.counted:
+        storage.write_json(counted, args.counted)
+    return counted
 
 
 def bench_cost(cfg, args) -> dict:
@@ -347,7 +404,13 @@ def bench_cost(cfg, args) -> dict:
     return c
 
 
-WAYS = {"train": bench_train, "sample": bench_sample, "busy": bench_busy, "cost": bench_cost}
+WAYS = {
+    "train": bench_train,
+    "sample": bench_sample,
+    "attention": bench_attention,
+    "busy": bench_busy,
+    "cost": bench_cost,
+}
 
 
 def main():
@@ -358,6 +421,8 @@ def main():
     add("config", nargs="?", default="config.yaml")
     add("overrides", nargs="*", help="key=value")
     add("--json", help="also write the figures to this file")
+    add("--counted", help="train, sample: a file that keeps what is counted")
+    add("--brief", action="store_true", help="train, sample: no parts and no slow references")
     add("--repeats", type=int, default=20, help="of all that is timed")
     add("--gpus", type=int, default=8, help="cost: processes of the training")
     add("--peak", type=float, default=989, help="cost: TFLOP/s of a GPU (default: H100, bf16)")

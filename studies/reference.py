@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from canvas import add_noise, clip_generator, rotate
 from diffloss import solve
@@ -38,6 +39,24 @@ def masked_attend(attention, q, k, v, angle, cache=None):
     mask = (age >= 0) & (age < attention.window)
     q, k = rotate(q, angle), rotate(k, angle)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def flex_attend(attention, length, device):
+    """Return CausalAttention.attend of `length` tokens by FlexAttention (arXiv 2412.05496).
+
+    It leaves out blocks of 128 tokens that are masked as a whole.
+    """
+
+    def seen(_batch, _head, query, key):
+        age = query // attention.tokens - key // attention.tokens
+        return (age >= 0) & (age < attention.window)
+
+    mask = create_block_mask(seen, None, None, length, length, device=str(device))
+
+    def attend(attention, q, k, v, angle, cache=None):
+        return flex_attention(rotate(q, angle), rotate(k, angle), v, block_mask=mask)
+
+    return attend
 
 
 @torch.no_grad()
