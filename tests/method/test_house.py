@@ -156,7 +156,7 @@ print(all(p.grad is not None for p in net.parameters()), loss.item() > 0)
     assert said.stdout == "True True\n"
 
 
-@pytest.mark.parametrize("name", ["bench", "doom", "evidence", "sanity", "sweep"])
+@pytest.mark.parametrize("name", ["bench", "doom", "evidence", "gpu", "sanity", "sweep"])
 def test_each_study_starts(name):
     command = [sys.executable, "-m", f"studies.{name}", "--help"]
     said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
