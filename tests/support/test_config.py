@@ -657,7 +657,7 @@ def test_every_key_must_be_there_but_those_of_the_choice():
     assert config.from_dict(tree) == whole and whole.choice.latent == 0
     tree["choice"] = {"latent": 4}
     assert config.from_dict(tree).choice == config.Choice(latent=4)
-    for section, name in (("sample", "order"), ("train", "recompute"), ("model", "past_noise")):
+    for section, name in (("sample", "order"), ("train", "recompute"), ("model", "noisy_past")):
         less = tree | {section: {k: v for k, v in tree[section].items() if k != name}}
         with pytest.raises(UserError, match=f"missing {section}.{name}"):
             config.from_dict(less)
@@ -668,7 +668,7 @@ def test_a_configuration_of_an_earlier_version_says_which_commit_has_its_keys(na
     section, key = name.split(".")
     tree = config.to_dict(tiny())
     tree[section] |= {key: 1}
-    with pytest.raises(UserError, match=f"run/latest.pt: {name} is a key of an earlier .* a867726"):
+    with pytest.raises(UserError, match=f"run/latest.pt: {name} is a key of an earlier .* ec280af"):
         config.from_dict(tree, where="run/latest.pt")
 
 
