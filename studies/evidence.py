@@ -282,14 +282,14 @@ def clean() -> dict:
 
 
 def score_arm(plan, rows, arm, seed):
-    """Half the training: S = 1 and 4 without guidance, with noise and without, and guided.
+    """Half the training: S = 1 and 4, with and without guidance, with and without noise.
 
     The whole: at the best guidance and noise, against S; both orders; four times the length.
     """
     rows.get(arm, seed, "losses")
     if not plan.whole:
-        for way, s in itertools.product((guided(1.0), guided(1.0) | clean(), guided(1.5)), (1, 4)):
-            rows.get(arm, seed, "scores", steps=s, **way)
+        for w, noise, s in itertools.product((1.0, 1.5), ({}, clean()), (1, 4)):
+            rows.get(arm, seed, "scores", steps=s, **guided(w), **noise)
         return
     best = best_way(plan, rows, arm)
     canvas = plan.load(arm).model.canvas
