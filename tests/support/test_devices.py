@@ -65,7 +65,7 @@ def test_training_and_sampling_use_no_operator_that_apple_gpus_lack():
                 optimizer = train.make_optimizer(net, 1e-3, 0.1, torch.device("mps"))
                 net(*args)[0].backward()
                 train.update(net, net, optimizer, 1.0, 0.9)
-            validate(model, f, 0)
+            validate(model, f, 0, cfg.sample)
             sample.continue_clips(model, tokenizer, x[:, :2], cfg.sample, 0, [0, 1])
     lacking = {name for name in seen.names if not runs_on_mps(name)}
     assert lacking <= {
