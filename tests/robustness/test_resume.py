@@ -325,8 +325,8 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, train_here, 
     shutil.copy(tmp_path / "a" / "latest.pt", tmp_path / "b")
     err = error_line(*train_here(tmp_path / "b", *options))
     assert "latest.pt was made with another configuration" in err
-    assert "model.canvas_weight (1.0 there, 0.5 now)" in err
-    assert "model.drop_canvas (0.1 there, 0.2 now)" in err
+    assert "model.canvas_weight (0.1 there, 0.5 now)" in err
+    assert "model.drop_canvas (0.05 there, 0.2 now)" in err
 
 
 def test_another_configuration_or_tokenizer_in_the_same_folder_is_refused(
@@ -354,7 +354,7 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(train_here, copies):
     before = files_below(run)
     err = error_line(*train_here(run, "train.steps=5"))
     assert f"{file}: model.canvas_gradient is a key of an earlier version" in err
-    assert "a867726" in err and files_below(run) == before
+    assert "ec280af" in err and files_below(run) == before
     with pytest.raises(config.UserError, match="model.canvas_gradient is a key of an earlier"):
         runs.load_run(run, torch.device("cpu"))
 
