@@ -1,7 +1,7 @@
 """Does the canvas pay, and what else does? Arms that differ in one thing, with error bars.
 
     python -m studies.evidence                               # every arm, half the training, a seed
-    python -m studies.evidence --whole                       # five arms, all of it, three seeds
+    python -m studies.evidence --whole                       # six arms, all of it, three seeds
     python -m studies.evidence --config configs/doom.yaml    # the same of another world
     python -m studies.evidence --arms paper --seeds 0        # a part; several may run side by side
     python -m studies.evidence draw                          # figures and tables of stored scores
@@ -38,8 +38,8 @@ from support.video import to_uint8
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("results/evidence")
-WHOLE = ("paper", "before", "uniform", "uniform deeper", "choosing canvas")
-FIXED = {"train.precision": "fp32"}  # of all arms
+WHOLE = ("paper", "canvas as a change", "before", "uniform", "uniform deeper", "choosing canvas")
+FIXED = {"train.precision": "fp32", "model.canvas_change": False}  # of all arms but as they say
 # What a score does not depend on, or what its line says anyway.
 FREE = ("run", "device", "seed", "data.workers", "data.path", "tokenizer.checkpoint")
 FREE += ("train.compile", "train.recompute", "train.save_every", "train.preview_every")
@@ -79,8 +79,7 @@ class Plan:
     def arms(self) -> dict:
         """Return {name: the keys in which it differs from the configuration}."""
         m = config.load(self.file).model
-        uniform = {"model.canvas": False}
-        change = {"model.canvas_change": True}
+        uniform, change = {"model.canvas": False}, {"model.canvas_change": True}
         # The noise of before, f + sigma eps with sigma up to 1.2, has the same ratios of noise to
         # signal; its scale was another, and samples were drawn from clean frames.
         before = change | {"model.canvas_weight": 1.0}
@@ -327,7 +326,7 @@ def main():
     add = parser.add_argument
     add("draw", nargs="?", choices=["draw"], help="only draw what is stored")
     add("--config", default=Plan.file, help="what all arms are changes of")
-    add("--whole", action="store_true", help="five arms, all training steps, more settings")
+    add("--whole", action="store_true", help="six arms, all training steps, more settings")
     add("--arms", help="which, by commas (a wrong name lists them)")
     add("--seeds", help="of training, by commas (default: 0, or 0,1,2 of the whole training)")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ TINY = (
 ).split()
 ARMS = {
     "default": [],
-    "change": ["model.canvas_change=true", "model.tell_noise=true"],
+    "frame": ["model.canvas_change=false", "model.tell_noise=true"],
     "picture": ["model.canvas_as=picture", "model.noisy_past=false"],
     "uniform": ["model.canvas=false"],
     "three branches, motion": ["sample.cfg_canvas=2", "sample.order=motion"],
