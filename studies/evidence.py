@@ -276,8 +276,8 @@ def guided(w) -> dict:
     return {"cfg_temporal": w, "cfg_canvas": w}
 
 
-def clean() -> dict:
-    return {"frame_noise": 0.0, "canvas_noise": 0.0}
+# In sampling: none, or what is reported.
+NOISE = tuple({"frame_noise": r, "canvas_noise": s} for r, s in ((0.0, 0.0), (0.3, 0.2)))
 
 
 def score_arm(plan, rows, arm, seed):
@@ -287,7 +287,7 @@ def score_arm(plan, rows, arm, seed):
     """
     rows.get(arm, seed, "losses")
     if not plan.whole:
-        for w, noise, s in itertools.product((1.0, 1.5), ({}, clean()), (1, 4)):
+        for w, noise, s in itertools.product((1.0, 1.5), NOISE, (1, 4)):
             rows.get(arm, seed, "scores", steps=s, **guided(w), **noise)
         return
     best = best_way(plan, rows, arm)
@@ -296,15 +296,14 @@ def score_arm(plan, rows, arm, seed):
         rows.get(arm, seed, "scores", steps=s, **best)
         if canvas and s in (2, 4, 8):
             rows.get(arm, seed, "scores", steps=s, order="motion", **best)
-    for s in (1, 4):
-        rows.get(arm, seed, "scores", steps=s, **guided(1.0))
-        rows.get(arm, seed, "scores", steps=s, **guided(1.0), **clean())
+    for s, noise in itertools.product((1, 4), NOISE):
+        rows.get(arm, seed, "scores", steps=s, **guided(1.0), **noise)
     rows.get(arm, seed, "scores", frames=4 * plan.load().data.frames, **best)
 
 
 def best_way(plan, rows, arm) -> dict:
     """Return the guidance and the noise in sampling that are best on other clips, first seed."""
-    ways = [guided(w) | noise for w in plan.scales for noise in ({}, clean())]
+    ways = [guided(w) | noise for w in plan.scales for noise in NOISE]
     return max(ways, key=lambda way: merit(rows.get(arm, 0, "tuning", **way)))
 
 

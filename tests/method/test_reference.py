@@ -59,6 +59,8 @@ def test_the_sampler_equals_one_without_cache_with_every_branch_and_token_every_
         cfg_temporal=w_t,
         cfg_canvas=w_s,
         solver=solver,
+        frame_noise=0.3,
+        canvas_noise=0.2,
     )
     x = latents(model, 3, context)
     fast = torch.stack([frame.latent for frame in sample.generate(model, x, opts, 7, [2, 0, 5])])

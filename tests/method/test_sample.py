@@ -111,7 +111,7 @@ def test_a_clip_depends_on_seed_and_index_not_on_its_neighbours_or_batch_size(
     x = torch.randn(
         3, context, model.tokens, model.channels, generator=torch.Generator().manual_seed(1)
     )
-    options = dict(steps=steps, order=order, cfg_temporal=w_t, cfg_canvas=w_s)
+    options = dict(steps=steps, order=order, cfg_temporal=w_t, cfg_canvas=w_s, frame_noise=0.3)
     together = run(model, x, [4, 5, 6], **options)
     alone = run(model, x[1:2], [5], **options)
     torch.testing.assert_close(together[1:2], alone, atol=2e-3, rtol=2e-3)
@@ -144,7 +144,8 @@ def test_the_masked_transformer_gets_the_same_conditions_in_training_and_in_samp
     model.mar.register_forward_pre_hook(lambda _, inputs: given.append(inputs[2:4]))
     noises, inner = [], sample.draw_noise
     monkeypatch.setattr(sample, "draw_noise", lambda *a: noises.append(inner(*a)) or noises[-1])
-    run(model, f[:, :2], [0, 1], frames=3, steps=1, cfg_temporal=1.0, cfg_canvas=1.0)
+    noise = dict(frame_noise=0.3, canvas_noise=0.2)
+    run(model, f[:, :2], [0, 1], frames=3, steps=1, cfg_temporal=1.0, cfg_canvas=1.0, **noise)
     draws = model.draw([clip_generator(0, i) for i in range(2)], 3).sampled(0.3, 0.2)
     draws.frame_eps, draws.canvas_eps[:, 2] = noises[0], noises[2]  # noises[1]: of the tokens
     with torch.no_grad():

@@ -73,7 +73,7 @@ def test_a_cell_is_trained_and_scored_once_and_says_all_that_it_depends_on(plan)
     row = rows.get("paper", 0, "scores", steps=1)
     wanted = {"arm": "paper", "seed": 0, "what": "scores", "steps": 1, "samples": 2, "clips": 6}
     assert wanted.items() <= row.items() and row["train_steps"] == 2 and row["flops"] > 0
-    assert row["frame_noise"] == 0.3 and row["commit"] == "" and row["machine"] and row["torch"]
+    assert row["frame_noise"] == 0.0 and row["commit"] == "" and row["machine"] and row["torch"]
     assert all(0 <= row[name] <= 1 for name in ("right", "shaped", "lost"))
     assert row["psnr"] > 0 and row["frechet"] > 0 and row["floor"] > 0 and -1 <= row["ssim"] <= 1
     for name in figures.FRAMES:
