@@ -32,7 +32,7 @@ class CanvasMAR(nn.Module):
         if m.canvas:
             self.canvas = Canvas(*sizes, m.canvas_depth, grid, m.canvas_change)
         self.picture = m.canvas and m.canvas_as == "picture"
-        self.mar = MAR(*sizes, m.mar_depth, grid)
+        self.mar = MAR(*sizes, m.mar_depth, grid, self.picture)
         self.head = DiffLoss(channels, m.width, m.head_width, m.head_depth)
         self.set_recompute(cfg.train.recompute)
 
@@ -44,7 +44,6 @@ class CanvasMAR(nn.Module):
         z_t = self.temporal(prev if self.cfg.noisy_past else past, level=draws.frame_noise)
         z_s, f_hat, static, extra = self.predict_canvas(z_t, prev, f, draws)
         l_canvas, logs = self.canvas_losses(f, f_hat, static)
-        l_canvas = l_canvas + sum(extra.values())  # of subclasses
 
         z_s = add_noise(z_s, draws.canvas_eps, draws.canvas_noise)  # (B, T, N, D)  z_s', Eq. 12
         # For guidance a clip loses either condition. The canvas always sees z_t.
@@ -57,7 +56,7 @@ class CanvasMAR(nn.Module):
         target = gather_tokens(f.flatten(1, 2), draws.index)  # (B, K, C)
         l_diff = self.head(target, c, draws.tau, draws.eps).mean()
 
-        loss = l_diff + l_canvas  # both train the canvas network
+        loss = l_diff + l_canvas + sum(extra.values())  # extra: of subclasses
         logs = {"loss": loss, "diffusion": l_diff} | extra | logs
         return loss, {name: value.detach() for name, value in logs.items()}
 
@@ -80,6 +79,7 @@ class CanvasMAR(nn.Module):
         l_static = (static.float() - (-error.detach()).exp()).square().mean()
         # Of frames 2..T: a canvas no better than a copy of the frame before has learned nothing.
         logs = {"canvas": error[:, 1:].mean(), "copy": (f[:, 1:] - f[:, :-1]).square().mean()}
+        logs["static"] = l_static
         return self.cfg.canvas_weight * error.mean() + l_static, logs
 
     def draw(self, generators: list[torch.Generator], frames: int, ratio: float | None = None):
@@ -100,15 +100,13 @@ class CanvasMAR(nn.Module):
         # Drawn for every token, so that a token's noise is the same at every mask ratio.
         tau = rand(R, frames * N).gather(2, index[:, None].expand(-1, R, -1))
         eps = gather_tokens(randn(frames * N, R, self.channels).flatten(2), index)
-        canvas_noise = (m.canvas_noise_max if m.canvas else 0.0) * rand(frames)[..., None, None]
-        canvas_eps = randn(frames, N, self.channels if self.picture else m.width)
         low, high = m.frame_noise_min, m.frame_noise_max
         return Draws(
             index=index,
             tau=tau,
             eps=eps.unflatten(2, (R, -1)).transpose(1, 2),
-            canvas_noise=canvas_noise,
-            canvas_eps=canvas_eps,
+            canvas_noise=m.canvas * m.canvas_noise_max * rand(frames)[..., None, None],
+            canvas_eps=randn(frames, N, self.channels if self.picture else m.width),
             drop_temporal=drop[:, 0] < m.drop_temporal,
             drop_canvas=drop[:, 1] < m.drop_canvas,
             frame_noise=low + (high - low) * rand(frames)[..., None, None],
@@ -180,7 +178,9 @@ class Temporal(nn.Module):
         earlier = torch.cat([cache.latest if first else prev[:, :1], prev[:, :-1]], dim=1)
         # No difference for the start and the frame after it, of which there is none.
         earlier = torch.where(index[:, None, None] < 2, prev, earlier)
-        told = level + torch.zeros_like(prev[..., : self.tell_noise])  # a channel more, or none
+        told = level + torch.zeros_like(
+            prev[..., : int(self.tell_noise)]
+        )  # a channel more, or none
         x = self.in_proj(torch.cat([prev, prev - earlier, told], dim=-1)) + self.position
         x = x.flatten(1, 2)  # (B, T*N, D)
         angle = index.repeat_interleave(self.tokens)[:, None] * self.frequency  # (T*N, d/2)

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 class MAR(nn.Module):
     """c = MAR(u), bidirectional in a frame; the canvas makes MAR's uniform [MASK] non-uniform."""
 
-    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int):
+    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int, picture=False):
         super().__init__()
-        self.embed = nn.Linear(channels, width)  # E
+        self.picture, self.embed = picture, nn.Linear(channels, width)  # E
         self.z_t_proj = nn.Linear(width, width)  # P
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.position = nn.Parameter(0.02 * torch.randn(grid**2, width))
@@ -33,7 +33,7 @@ class MAR(nn.Module):
         """
         # The canvas is said to replace the mask token. Ours: it is added to it, so that a dropped
         # canvas, which is zero, leaves MAR's uniform [MASK].
-        if z_s.shape[-1] == f.shape[-1]:  # the canvas as a picture
+        if self.picture:  # z_s is f_hat (B, T, N, C); E without its bias, so that zero stays zero
             z_s = F.linear(z_s, self.embed.weight)
         u = torch.where(masked[..., None], self.mask_token + z_s, self.embed(f))  # (B, T, N, D)
         u = u + self.position + self.z_t_proj(z_t)  # (B, T, N, D)
@@ -170,9 +170,9 @@ def motion_order(static, noise, schedule):
 
     static (B, N), the higher the surer of its canvas a token is; noise (B, N) uniform in [0, 1);
     schedule: `reveal_schedule` -> (B, N), a permutation. Step s of S draws the tokens that are
-    first by (1 - a) rank + a noise, a = (s - 1) / (S - 1): that annealing is ours.
+    first by (1 - a) rank + a noise, a = (s - 1) / (S - 1), the last what is left: that is ours.
     """
-    rank = static.argsort(dim=-1, descending=True).argsort(dim=-1) / static.shape[-1]
+    rank = static.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) / static.shape[-1]
     taken, parts, done = torch.zeros_like(static, dtype=torch.bool), [], 0
     for s, count in enumerate(schedule):
         a = s / max(1, len(schedule) - 1)

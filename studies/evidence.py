@@ -3,7 +3,7 @@
     python -m studies.evidence                               # every arm, half the training, a seed
     python -m studies.evidence --whole                       # six arms, all of it, three seeds
     python -m studies.evidence --config configs/doom.yaml    # the same of another world
-    python -m studies.evidence --arms paper --seeds 0        # a part; several may run side by side
+    python -m studies.evidence --arms paper --seeds 0        # a part; other arms may run beside it
     python -m studies.evidence draw                          # figures and tables of stored scores
 
 Each cell is a line of results/evidence/WORLD.jsonl, scored once: what is stored there is neither
@@ -58,7 +58,8 @@ class Plan:
 
     @property
     def world(self) -> str:
-        return Path(self.file).stem.replace("config", "pushing")
+        stem = Path(self.file).stem
+        return "pushing" if stem == "config" else stem
 
     def told(self, arm, seed) -> list[str]:
         """Return the arguments of train.py after the configuration file."""
@@ -80,8 +81,8 @@ class Plan:
         """Return {name: the keys in which it differs from the configuration}."""
         m = config.load(self.file).model
         uniform, change = {"model.canvas": False}, {"model.canvas_change": True}
-        # The noise of before, f + sigma eps with sigma up to 1.2, has the same ratios of noise to
-        # signal; its scale was another, and samples were drawn from clean frames.
+        # Before, noise was added, f + sigma eps, sigma of U[0, 1.2], not on the start: the same
+        # range of noise to signal, not the same distribution.
         before = change | {"model.canvas_weight": 1.0}
         before |= {"model.frame_noise_min": 0.0, "model.frame_noise_max": 1.2 / 2.2}
         before |= {"model.drop_temporal": 0.1, "model.drop_canvas": 0.1}
@@ -141,7 +142,10 @@ def open_run(plan, arm, seed, frames) -> Run:
     cfg = plan.load(arm, seed)
     options = {"device": "auto", "batch": 64, "clips": 2 * plan.clips, "seed": None}
     given = Namespace(**options, context=cfg.sample.context, frames=frames)
-    return Run(given, Path(cfg.run), protocol_of(cfg.run))
+    run = Run(given, Path(cfg.run), protocol_of(cfg.run))
+    if fingerprint(run.cfg) != fingerprint(cfg):
+        raise UserError(f"{cfg.run} was trained with another configuration; delete it")
+    return run
 
 
 def score(run, opts, samples, tune) -> dict:
@@ -217,16 +221,15 @@ class Rows:
         """
         plan, cfg = self.plan, self.plan.load(arm, seed)
         opts = replace(cfg.sample, **{"clips": plan.clips} | changes)
-        of = {k: v for k, v in config.flat(cfg).items() if not free(k)}
         key = {"arm": arm, "seed": seed, "what": what, "train_steps": cfg.train.steps}
-        key |= {"config": hashlib.sha256(repr(sorted(of.items())).encode()).hexdigest()[:12]}
-        key |= asdict(opts) | {"samples": 1 if what == "tuning" else plan.samples}
+        key |= {"config": fingerprint(cfg), "clips": plan.clips, **changes}
+        if what != "losses":
+            key |= asdict(opts) | {"samples": 1 if what == "tuning" else plan.samples}
         key = json.loads(json.dumps(key))
         found = next((row for row in self.rows if key.items() <= row.items()), None)
         if found is None:
             run = self.open_run(arm, seed, opts.frames)
-            shown = ("steps", "cfg_temporal", "frame_noise", "order", "frames")
-            log(f"{arm}, seed {seed}, {what}: " + ", ".join(f"{k} {key[k]}" for k in shown))
+            log(f"{arm}, seed {seed}, {what}: {changes}")
             if what == "losses":
                 run = every_other(run, opts)
                 clips = torch.stack([run.test.clip(i) for i in run.indices])
@@ -246,8 +249,11 @@ class Rows:
         return self.open[key]
 
 
-def free(name) -> bool:
-    return name in FREE or name.partition(".")[0] in FREE
+def fingerprint(cfg) -> str:
+    """Return a hash of what training depends on."""
+    flat = config.flat(cfg).items()
+    bound = [(k, v) for k, v in flat if k not in FREE and k.partition(".")[0] not in FREE]
+    return hashlib.sha256(repr(sorted(bound)).encode()).hexdigest()[:12]
 
 
 def read_rows(file) -> list[dict]:
@@ -285,7 +291,7 @@ def score_arm(plan, rows, arm, seed):
 
     The whole: at the best guidance and noise, against S; both orders; four times the length.
     """
-    rows.get(arm, seed, "losses")
+    rows.get(arm, seed, "losses", **NOISE[1])  # levels that training has
     if not plan.whole:
         for w, noise, s in itertools.product((1.0, 1.5), NOISE, (1, 4)):
             rows.get(arm, seed, "scores", steps=s, **guided(w), **noise)
@@ -304,19 +310,7 @@ def score_arm(plan, rows, arm, seed):
 def best_way(plan, rows, arm) -> dict:
     """Return the guidance and the noise in sampling that are best on other clips, first seed."""
     ways = [guided(w) | noise for w in plan.scales for noise in NOISE]
-    return max(ways, key=lambda way: merit(rows.get(arm, 0, "tuning", **way)))
-
-
-def merit(row) -> float:
-    """Return what settings are chosen by: right frames times min(speed, 1 / speed) of `pushing`.
-
-    Strong guidance makes frames right and slow; stronger guidance makes them wrong and lively,
-    which the Fréchet distance takes for better. Of other data it is the Fréchet distance.
-    """
-    if "right" not in row:
-        return -row["frechet"]
-    speed = row["speed"] or 0  # None: the gripper was found nowhere
-    return row["right"] * min(speed, 1 / max(speed, 1e-6))
+    return max(ways, key=lambda way: figures.merit(rows.get(arm, 0, "tuning", **way)))
 
 
 def main():

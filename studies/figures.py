@@ -105,13 +105,26 @@ def line(ax, name, x, values, **style):
     )
 
 
+def merit(row) -> float:
+    """Return what settings are chosen by: right frames times min(speed, 1 / speed) of `pushing`.
+
+    Strong guidance makes frames right and slow; stronger guidance makes them wrong and lively,
+    which the Fréchet distance takes for better. Of other data it is the Fréchet distance.
+    """
+    if "right" not in row:
+        return -row["frechet"]
+    speed = row["speed"] or 0  # None: the gripper was found nowhere
+    return row["right"] * min(speed, 1 / max(speed, 1e-6))
+
+
 def draw_steps(rows, path):
-    """Draw scores against spatial steps: each arm at its own best settings, in random order."""
+    """Draw scores against spatial steps: of each arm the way with most values of S, then merit."""
     best, arms = {}, dict.fromkeys(row["arm"] for row in rows)
-    for row in rows:  # scored at more values of S than any other way
+    for row in rows:
         ways = best.setdefault(row["arm"], {})
-        ways.setdefault(tuple(row[k] for k in WAY), set()).add(row["steps"])
-    best = {arm: max(ways, key=lambda way: len(ways[way])) for arm, ways in best.items()}
+        ways.setdefault(tuple(row[k] for k in WAY), {})[row["steps"]] = merit(row)
+    for arm, ways in best.items():
+        best[arm] = max(ways, key=lambda way: (len(ways[way]), sum(ways[way].values())))
     cells = over_seeds(
         [r for r in rows if tuple(r[k] for k in WAY) == best[r["arm"]]], "arm", "steps"
     )
@@ -154,6 +167,8 @@ def draw_losses(rows, path):
     fig, axes = panels(1)
     for arm in dict.fromkeys(arm for arm, _ in of):
         seeds = [seed for name, seed in of if name == arm and ("uniform", seed) in of]
+        if not seeds:
+            continue
         pairs = [(of[arm, seed], of["uniform", seed]) for seed in seeds]
         relative = np.array([[own[name] / base[name] for name in names] for own, base in pairs])
         line(axes[0], arm, [float(name.split("@")[1]) for name in names], relative)
@@ -201,6 +216,8 @@ def losses_table(rows) -> str:
 
 def draw(world, rows, out):
     """Write all that the rows of a world give; yield the paths."""
+    newest = {(row["arm"], row["train_steps"]): row["config"] for row in rows}
+    rows = [row for row in rows if row["config"] == newest[row["arm"], row["train_steps"]]]
     out, losses = Path(out), [row for row in rows if row["what"] == "losses"]
     if usual := scored(rows):
         write_text(

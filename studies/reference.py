@@ -86,8 +86,8 @@ def slow_frame(model, past, noisy, opts, streams):
     order_noise = torch.stack([torch.rand(N, generator=g) for g in streams]).to(prev)
     eps = torch.stack([torch.randn(N, C, generator=g) for g in streams]).to(prev)
     z_s, _, static, _ = model.predict_canvas(z_t, prev, generators=streams)
+    canvas_eps = torch.stack([torch.randn(z_s.shape[1:], generator=g) for g in streams])
     if model.canvas is not None:
-        canvas_eps = torch.stack([torch.randn(z_s.shape[1:], generator=g) for g in streams])
         z_s = add_noise(z_s, canvas_eps.to(prev), opts.canvas_noise)
     order, schedule = random_order(order_noise), reveal_schedule(N, opts.steps, opts.order)
     if opts.order == "motion":
