@@ -45,7 +45,8 @@ class CanvasMAR(nn.Module):
         z_s, f_hat, static, extra = self.predict_canvas(z_t, prev, f, draws)
         l_canvas, logs = self.canvas_losses(f, f_hat, static)
 
-        z_s = add_noise(z_s, draws.canvas_eps, draws.canvas_noise)  # (B, T, N, D)  z_s', Eq. 12
+        if self.canvas is not None:
+            z_s = add_noise(z_s, draws.canvas_eps, draws.canvas_noise)  # z_s', reported (Eq. 12)
         # For guidance a clip loses either condition. The canvas always sees z_t.
         z_t = torch.where(draws.drop_temporal, self.null.to(z_t.dtype), z_t)
         z_s = torch.where(draws.drop_canvas, torch.zeros_like(z_s), z_s)
@@ -105,7 +106,7 @@ class CanvasMAR(nn.Module):
             index=index,
             tau=tau,
             eps=eps.unflatten(2, (R, -1)).transpose(1, 2),
-            canvas_noise=m.canvas * m.canvas_noise_max * rand(frames)[..., None, None],
+            canvas_noise=m.canvas_noise_max * rand(frames)[..., None, None],
             canvas_eps=randn(frames, N, self.channels if self.picture else m.width),
             drop_temporal=drop[:, 0] < m.drop_temporal,
             drop_canvas=drop[:, 1] < m.drop_canvas,
@@ -178,9 +179,7 @@ class Temporal(nn.Module):
         earlier = torch.cat([cache.latest if first else prev[:, :1], prev[:, :-1]], dim=1)
         # No difference for the start and the frame after it, of which there is none.
         earlier = torch.where(index[:, None, None] < 2, prev, earlier)
-        told = level + torch.zeros_like(
-            prev[..., : int(self.tell_noise)]
-        )  # a channel more, or none
+        told = level + torch.zeros_like(prev[..., : int(self.tell_noise)])  # or no channel
         x = self.in_proj(torch.cat([prev, prev - earlier, told], dim=-1)) + self.position
         x = x.flatten(1, 2)  # (B, T*N, D)
         angle = index.repeat_interleave(self.tokens)[:, None] * self.frequency  # (T*N, d/2)
@@ -312,7 +311,6 @@ def validate(model: CanvasMAR, f, seed: int, opts, ratios=(0.1, 0.3, 0.7, 1.0)) 
     for ratio in ratios:
         generators = [clip_generator(seed, clip, f.device) for clip in range(len(f))]
         draws = model.draw(generators, f.shape[1], ratio)
-        canvas_noise = opts.canvas_noise if model.cfg.canvas else 0.0
-        _, logs = model(f, draws.sampled(opts.frame_noise, canvas_noise))
+        _, logs = model(f, draws.sampled(opts.frame_noise, opts.canvas_noise))
         result[f"diffusion@{ratio}"] = logs["diffusion"].item()
     return result | {name: logs[name].item() for name in ("canvas", "copy") if name in logs}

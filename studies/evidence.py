@@ -118,6 +118,9 @@ def train(plan, arm, seed):
         if not tokenizer.exists():
             shared = {"run": tokenizer.parent, "train.steps": 1, "sample.clips": 1}
             run_train(plan, words(FIXED | shared), tokenizer.parent)
+    there = config.load(tokenizer.parent / "config.yaml").tokenizer
+    if there != replace(cfg.tokenizer, checkpoint=""):
+        raise UserError(f"{tokenizer.parent} was trained with other settings; delete it")
     newest = storage.steps(Path(cfg.run), "")
     if not newest or newest[0].name != f"step_{cfg.train.steps:08d}.pt":
         log(f"training {arm}, seed {seed}, {cfg.train.steps} steps")
@@ -189,7 +192,7 @@ def watched(run, make, by_frame):
     def kind(real, indices):
         video = make(real, indices)
         x, y = real[:, context:], video[:, context:].to(real.device)  # on the CPU
-        by_frame["psnr"].append((-10 * torch.log10((x - y).square().mean((2, 3, 4)) / 4)).numpy())
+        by_frame["psnr"].append(metrics.psnr(to_uint8(x), to_uint8(y)).numpy())
         by_frame["sharpness"].append((gradient(y).mean(0) / gradient(x).mean(0))[None].numpy())
         if run.name == "pushing":
             states = map(run.test.state, indices)
@@ -287,24 +290,19 @@ NOISE = tuple({"frame_noise": r, "canvas_noise": s} for r, s in ((0.0, 0.0), (0.
 
 
 def score_arm(plan, rows, arm, seed):
-    """Half the training: S = 1 and 4, with and without guidance, with and without noise.
-
-    The whole: at the best guidance and noise, against S; both orders; four times the length.
+    """Score S = 1 and 4 by guidance and noise; against S and in both orders, half the training as
+    configured, the whole at the best guidance and noise, then also four times as long.
     """
     rows.get(arm, seed, "losses", **NOISE[1])  # levels that training has
-    if not plan.whole:
-        for w, noise, s in itertools.product((1.0, 1.5), NOISE, (1, 4)):
-            rows.get(arm, seed, "scores", steps=s, **guided(w), **noise)
-        return
-    best = best_way(plan, rows, arm)
-    canvas = plan.load(arm).model.canvas
-    for s in (1, 2, 4, 8, 16):
+    best = best_way(plan, rows, arm) if plan.whole else {}
+    for w, noise, s in itertools.product((1.0, 1.5), NOISE, (1, 4)):
+        rows.get(arm, seed, "scores", steps=s, **guided(w), **noise)
+    for s in (1, 2, 4, 8, 16) if plan.whole else (1, 2, 4, 8):
         rows.get(arm, seed, "scores", steps=s, **best)
-        if canvas and s in (2, 4, 8):
-            rows.get(arm, seed, "scores", steps=s, order="motion", **best)
-    for s, noise in itertools.product((1, 4), NOISE):
-        rows.get(arm, seed, "scores", steps=s, **guided(1.0), **noise)
-    rows.get(arm, seed, "scores", frames=4 * plan.load().data.frames, **best)
+    for s in (2, 4) if plan.load(arm).model.canvas else ():
+        rows.get(arm, seed, "scores", steps=s, order="motion", **best)
+    if plan.whole:
+        rows.get(arm, seed, "scores", frames=4 * plan.load().data.frames, **best)
 
 
 def best_way(plan, rows, arm) -> dict:

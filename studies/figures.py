@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support import report
 from support.config import write_text
 
 TITLES = {
@@ -47,7 +48,7 @@ def deviation(values):
     return values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
 
 
-def mean(values, sign="") -> str:
+def mean(values) -> str:
     """Format mean ± standard deviation over seeds to two digits of the latter; "" with a NaN."""
     if np.isnan(values).any():
         return ""
@@ -55,7 +56,7 @@ def mean(values, sign="") -> str:
     if deviation(values) > 1e-9:
         digits = max(0, 1 - int(np.floor(np.log10(deviation(values)))))
     spread = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.{digits}f}{spread}"
+    return f"{values.mean():.{digits}f}{spread}"
 
 
 def scored(rows, long=False) -> list[dict]:
@@ -91,18 +92,10 @@ def save(fig, ax, path):
     return path
 
 
-def line(ax, name, x, values, **style):
+def line(ax, name, x, values):
     """Draw mean and deviation of values (seeds, points) against x."""
-    ax.errorbar(
-        x,
-        values.mean(0),
-        deviation(values),
-        label=name,
-        linewidth=1,
-        capsize=2,
-        marker=".",
-        **style,
-    )
+    style = {"linewidth": 1, "capsize": 2, "marker": "."}
+    ax.errorbar(x, values.mean(0), deviation(values), label=name, **style)
 
 
 def merit(row) -> float:
@@ -180,12 +173,6 @@ def draw_losses(rows, path):
 # ------------------------------------------------------------------------------------- tables
 
 
-def markdown(head, lines) -> str:
-    rule = "|" + "---|" * len(head)
-    rows = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, *lines)]
-    return "\n".join([rows[0], rule, *rows[1:], ""])
-
-
 def table(rows) -> str:
     """Return a line a cell: mean and standard deviation over the training seeds."""
     keys = ("arm", "train_steps", *WAY, "steps")
@@ -193,15 +180,15 @@ def table(rows) -> str:
     every = [name for name in TITLES if not all(np.isnan(c[name]).all() for c in cells.values())]
     lines = [
         (
-            *key,
+            *map(str, key),
             f"{c['flops'].mean() / 1e6:.0f}",
-            len(c["flops"]),
+            str(len(c["flops"])),
             *(mean(c[name]) for name in every),
         )
         for key, c in cells.items()
     ]
     head = ["arm", "training steps", "w_t = w_s", "noise", "order", "S", "MFLOP a frame", "seeds"]
-    return markdown([*head, *(TITLES[name] for name in every)], lines)
+    return report.table([*head, *(TITLES[name] for name in every)], lines)
 
 
 def losses_table(rows) -> str:
@@ -210,8 +197,11 @@ def losses_table(rows) -> str:
     for row in rows:
         values = [row["losses"].get(name, np.nan) for name in names]
         ends.setdefault((row["arm"], row["train_steps"]), []).append(values)
-    lines = [(*arm, len(of), *map(mean, np.array(of).T)) for arm, of in ends.items()]
-    return markdown(["arm", "training steps", "seeds", *names], lines)
+    lines = [
+        (arm, str(steps), str(len(of)), *map(mean, np.array(of).T))
+        for (arm, steps), of in ends.items()
+    ]
+    return report.table(["arm", "training steps", "seeds", *names], lines)
 
 
 def draw(world, rows, out):

@@ -159,7 +159,8 @@ def test_loss_on_masked_tokens_equals_the_head_on_all_tokens_with_the_loss_maske
     prev = (1 - draws.frame_noise) * past + draws.frame_noise * draws.frame_eps
     z_t = model.temporal(prev)
     z_s, f_hat, static = model.canvas(z_t, prev) if canvas else (torch.zeros_like(z_t), f, None)
-    z_s = (1 - draws.canvas_noise) * z_s + draws.canvas_noise * draws.canvas_eps
+    if canvas:
+        z_s = (1 - draws.canvas_noise) * z_s + draws.canvas_noise * draws.canvas_eps
     masked = torch.zeros(2, 5 * model.tokens, dtype=torch.bool).scatter(1, draws.index, True)
     everywhere = torch.arange(5 * model.tokens).expand(2, -1)
     c = model.mar(f, masked.view(2, 5, -1), z_t, z_s, everywhere)

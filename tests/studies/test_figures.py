@@ -16,13 +16,13 @@ def rows(**changes):
 
 
 def test_a_mean_is_written_to_two_digits_of_its_deviation():
-    def written(*values, sign=""):
-        return figures.mean(np.array(values), sign)
+    def written(*values):
+        return figures.mean(np.array(values))
 
     assert written(35, 36, 37.4) == "36.1 ± 1.2" and written(10, 210) == "110 ± 141"
     assert written(0.86, 0.8601) == "0.860050 ± 0.000071" and written(0.12345) == "0.123"
     assert written(2.0, 2.0) == "2.000 ± 0.000" and written(1.0, np.nan) == ""
-    assert written(1.0, 2.0, sign="+") == "+1.50 ± 0.71"
+    assert written(1.0, 2.0) == "1.50 ± 0.71"
 
 
 def test_a_table_has_a_line_a_cell_and_no_column_that_was_never_measured():
