@@ -24,12 +24,12 @@ from pathlib import Path
 from support import config  # before torch: it says how threads wait
 import torch
 
-import fvd
+from studies import evidence
 from studies.evidence import ROOT, about, words
 from studies.flops import parameter_count
-from support import metrics, storage
+from support import storage
 from support.config import UserError, log
-from support.protocols import Run, collect
+from support.protocols import Run
 from support.report import table
 
 LARGE, PUSHING = (ROOT / f"configs/{name}.yaml" for name in ("kinetics600", "pushing64"))
@@ -204,20 +204,11 @@ def step_times(study, keys, command):
 
 def score(folder, device, clips) -> dict:
     """Return parameters, steps and scores against S; the detector is the offline one: no FVD."""
-    run = Run(Namespace(device=device, batch=64, clips=clips, seed=0), folder, "pushing")
-    opts = {f"S = {s}": replace(run.cfg.sample, steps=s) for s in (1, 2, 4, 8)}
-    kinds = {kind: fvd.samples(run, 0, of) for kind, of in opts.items()}
-    detectors = metrics.open_detectors(None, run.device)
-    got = collect(run, kinds, detectors, floor=True)
-    s = fvd.summarise(detectors, got, list(kinds), pooled=False, slow=False)
-    sets, scores = s["detectors"]["offline"], {}
-    for i, kind in enumerate(kinds):
-        scores[kind] = {"frechet": sets["each"][i]["frechet"], "psnr": s["psnr"]["each"][i]}
-        of = ("right", "shaped", "lost", "speed_ratio")
-        scores[kind] |= {measure: s[measure][kind] for measure in of}
-    found = {"parameters": parameter_count(run.model), "floor": sets["floor"]["frechet"]}
-    found["steps"] = int(storage.steps(folder, "")[0].stem.rpartition("_")[2])
-    return found | {"clips": clips, "losses": s["losses"], "scores": scores}
+    run = Run(Namespace(device=device, batch=64, clips=2 * clips, seed=0), folder, "pushing")
+    opts = {s: replace(run.cfg.sample, steps=s) for s in (1, 2, 4, 8)}
+    scores = {f"S = {s}": evidence.score(run, of, 1, tune=False) for s, of in opts.items()}
+    found = {"parameters": parameter_count(run.model), "clips": clips, "scores": scores}
+    return found | {"steps": int(storage.steps(folder, "")[0].stem.rpartition("_")[2])}
 
 
 def lines(name, part) -> list[list[str]]:
