@@ -1,7 +1,8 @@
 """FVD, the Fréchet distance between features of real and generated clips, and scores beside it.
 
-    python fvd.py --ckpt RUN --protocol NAME [--i3d i3d_torchscript.pt]  # sample and score a run
-    python fvd.py REAL GENERATED [--paired] [--i3d ...]                  # .npz or folders of videos
+    python fvd.py --ckpt runs/pushing --protocol pushing      # sample and score a run
+    python fvd.py real/ generated/ --i3d i3d_torchscript.pt   # two folders of videos: FVD
+    python fvd.py samples.npz samples.npz --paired            # its truth and samples: also PSNR
 
 A detector (support/metrics.py) turns each clip into a vector of features. It is an FVD (Unterthiner
 et al. 2018, arXiv 1812.01717) with the I3D detector; without --i3d, the offline detector takes its
@@ -9,7 +10,6 @@ place, and every figure of it says so. The number depends on the number of clips
 pixels, start and pooling (support/protocols.py), all printed and written with it.
 """
 
-import argparse
 import sys
 
 from support import config  # before torch: it says how threads wait
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sample import continue_clips
-from support import clips, metrics, protocols, report, runs, storage
+from support import clips, metrics, options, protocols, report, runs, storage
 from support.config import UserError
 from support.machine import autocast, pick_device
 from support.metrics import BEST, check_counts
@@ -205,18 +205,12 @@ def main():
     """The command line. Raises UserError."""
     words = sys.argv[1:]
     of_run = any(word.split("=")[0] == "--ckpt" for word in words)
-    description, uses = __doc__.split("\n\n")[:2]
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = config.Parser(
-        description=description,
-        epilog=f"two uses:\n{uses}\n\n`fvd.py --ckpt RUN --help` lists the options of the first",
-        formatter_class=raw,
-        allow_abbrev=False,
-    )
+    parser = config.Parser(__doc__)
+    parser.epilog += "\n\n`fvd.py --ckpt RUN --help` lists the options of the first"
     add = parser.add_argument
     if of_run:
         protocols.add_options(parser)
-        runs.add_options(parser, skip=("clips",))
+        options.add_sampling(parser, skip=("clips",))
         add("--trajectories", type=int, help="samples of each clip (default: the protocol's)")
     else:
         add("real")

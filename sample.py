@@ -10,16 +10,19 @@ frame comes about).
 
 from dataclasses import dataclass
 
-from support import config  # first: it sets how OpenMP's threads wait, which torch reads
+from support import config, options  # before torch: config says how its threads wait
+
+if __name__ == "__main__":  # --help and a wrong option do not wait for torch either
+    config.run_main(lambda: options.sample(__doc__), end=False)
+
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from canvas import Cache, CanvasMAR, add_noise, clip_generator, to_device
 from mar import gather_tokens, motion_order, random_order, reveal_schedule
 from support import data, pictures, runs, storage
-from support.config import UserError
-from support.fast import add_compile, compile_parts
+from support.config import UserError, progress_bar
+from support.fast import compile_parts
 from support.machine import autocast, pick_device
 from support.video import read_ending, to_uint8
 
@@ -117,8 +120,8 @@ def continue_clips(model, tokenizer, context, opts, seed, clips, progress=False)
     if opts.context:
         latents = tokenizer.encode(context)
     frames, first, new = generate(model, latents, opts, seed, clips), None, []
-    count = opts.frames - opts.context
-    for frame in tqdm(frames, total=count, desc="frames", unit="frame", disable=not progress):
+    shown = {"total": opts.frames - opts.context, "unit": "frame", "disable": not progress}
+    for frame in progress_bar(frames, "frames", **shown):
         first = first or frame
         new.append(frame.latent)
     at_once = max(1, 2**22 // context.shape[2:].numel() // len(context))  # bounds the memory
@@ -158,19 +161,10 @@ def write_samples(
 
 def main():
     """The command line. Raises UserError for bad options, checkpoints and videos."""
-    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--ckpt", required=True, help="a run folder, or one of its .pt files")
-    add("--out", help="folder for the results (default: samples/ in the run folder)")
-    add("--video", help="continue the end of this video instead of clips of the test split")
-    add("--batch", type=int, default=64, help="clips generated at once; does not change them")
-    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
-    runs.add_options(parser)
-    add_compile(parser)
-    args = parser.parse_args()
+    args = options.sample(__doc__)
     device = pick_device(args.device)
     cfg, model, tokenizer = runs.load_run(args.ckpt, device, args)
-    seed, opts = runs.sampling_seed(cfg, args), cfg.sample
+    seed, opts = options.sampling_seed(cfg, args), cfg.sample
     if args.batch < 1:
         raise UserError(f"--batch={args.batch} must be at least 1")
     if args.compile:

@@ -16,16 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from support import config  # first: it sets how OpenMP's threads wait, which torch reads
+from support import config, options  # before torch: config says how its threads wait
+
+if __name__ == "__main__":  # --help and a wrong word do not wait for torch either
+    config.run_main(lambda: options.train(__doc__), end=False)
+
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 import sample
 from canvas import CanvasMAR, clip_generator, validate
 from support import data, pictures, runs, storage
-from support.config import Config, UserError, log
+from support.config import Config, log, progress_bar
 from support.machine import Machine, autocast, check_memory, compiles, explain_compiler, start
 from support.video import to_uint8
 from tokenizer import Tokenizer
@@ -37,14 +40,8 @@ PREVIEW = 6  # of them in a preview
 
 def main():
     """Both stages, then samples. Exit status 128 + signal when stopped by one. Raises UserError."""
-    words = sys.argv[1:]
-    if not words or words[0].startswith("-"):
-        usage = "usage: train.py CONFIG.yaml [key.sub=value ...]"
-        if words and words[0] in ("-h", "--help"):
-            print(f"{usage}\n\n{__doc__}")
-            return
-        raise UserError(usage)
-    cfg = config.load(words[0], words[1:])
+    file, keys = options.train(__doc__)
+    cfg = config.load(file, keys)
     machine = start(cfg)
     with torch.device("meta"):
         networks = (runs.build_model(cfg), Tokenizer(cfg.tokenizer))
@@ -53,7 +50,7 @@ def main():
         stack.enter_context(runs.explain_errors(machine))
         stack.enter_context(explain_compiler("set train.compile=false"))
         stack.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
-        cfg = machine.on_rank0(lambda: runs.open_run(cfg, words[0], machine, stack))
+        cfg = machine.on_rank0(lambda: runs.open_run(cfg, file, machine, stack))
         source, test = open_data(cfg, machine)
         held_out = torch.stack([test.clip(i) for i in data.evenly_spaced(test, HELD_OUT)])
         tokenizer = train_tokenizer(cfg, machine, source, held_out)
@@ -78,9 +75,10 @@ def draw_samples(cfg, machine, model, tokenizer, test):
     """Write samples of test clips, and say where everything is."""
     indices = data.evenly_spaced(test, cfg.sample.clips)
     clips = torch.stack([test.clip(i)[: cfg.sample.frames] for i in indices])
-    out, curves = Path(cfg.run) / "samples", Path(cfg.run) / "curves.png"
+    out = Path(cfg.run) / "samples"
+    log(f"trained; drawing samples, as `python sample.py --ckpt {cfg.run}` does")
     sample.write_samples(out, cfg, model, tokenizer, clips, cfg.seed, machine.device)
-    print(f"done: samples and pictures are in {out}, curves in {curves}")
+    print(f"done: open {out / 'samples.gif'}; more pictures are beside it, curves in {cfg.run}")
 
 
 # ----------------------------------------------------------------------------------- two stages
@@ -186,6 +184,7 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=ids)
     batches = iter(remaining_batches(cfg, machine, source, stage, done))
+    draw = f", `python sample.py --ckpt {cfg.run}` draws" * (stage.kind == "model")
     bad = torch.zeros((), dtype=torch.long, device=device)  # the first step that was not finite
     net.train()
     with progress(machine, stage, done) as advance:
@@ -201,7 +200,7 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
             advance(line)
             if stop:
                 if machine.rank == 0:
-                    log(f"stopped at step {step} of {stage.steps}; the same command goes on")
+                    log(f"stopped at step {step} of {stage.steps}; the same command goes on{draw}")
                 sys.exit(128 + stop)
     return ema
 
@@ -224,15 +223,16 @@ def remaining_batches(cfg, machine, source, stage, done):
 @contextlib.contextmanager
 def progress(machine, stage, done):
     """Show a bar; yield a function that moves it by a step and shows the figures of a log line."""
-    name, silent = stage.kind.split("-")[0], machine.rank > 0
-    bar = tqdm(total=stage.steps, initial=done, desc=name, unit="step", disable=silent)
+    name = "model (2 of 2)" if stage.kind == "model" else "tokenizer (1 of 2)"
+    shown = {"total": stage.steps, "initial": done, "unit": "step", "disable": machine.rank > 0}
+    bar = progress_bar(desc=name, **shown)
 
     def advance(line):
         with contextlib.suppress(OSError):  # nobody looks any more
-            bar.update()
             shown = {k: f"{line[k]:.3f}" for k in ("psnr", "diffusion", "canvas") if k in line}
             if shown:
-                bar.set_postfix(shown)
+                bar.set_postfix(shown, refresh=False)
+            bar.update()
 
     machine.busy = True
     try:

@@ -415,7 +415,7 @@ WAYS = {
 
 def main():
     """The command line. Raises UserError."""
-    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = config.Parser(__doc__)
     add = parser.add_argument
     add("what", choices=WAYS, help="see docs/SPEED.md")
     add("config", nargs="?", default="config.yaml")

@@ -18,10 +18,9 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from support import config, storage
-from support.config import UserError
+from support.config import UserError, progress_bar
 from support.data import SPLITS
 from support.pictures import write_mp4
 
@@ -107,14 +106,14 @@ def write_clips(vizdoom, out: Path, clips: int, frames: int, size: int, seed: in
         pool = ThreadPool(threads)
         stack.callback(pool.join)  # before the games are closed
         stack.enter_context(pool)
-        for clip in tqdm(pool.imap(work, jobs), "rendering", len(jobs), unit="clip"):
+        for clip in progress_bar(pool.imap(work, jobs), "rendering", len(jobs), unit="clip"):
             digest.update(clip.tobytes())
     return digest.hexdigest()
 
 
 def main():
     """The command line. Raises UserError."""
-    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = config.Parser(__doc__)
     parser.add_argument("out", help="folder to write, empty or not there yet")
     parser.add_argument("--clips", type=int, default=4000, help="of training; a tenth more of test")
     parser.add_argument("--size", type=int, default=64, help=f"pixels, a divisor of {CROP}")

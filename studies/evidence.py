@@ -313,7 +313,7 @@ def best_way(plan, rows, arm) -> dict:
 
 def main():
     """The command line. Raises UserError."""
-    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = config.Parser(__doc__)
     add = parser.add_argument
     add("draw", nargs="?", choices=["draw"], help="only draw what is stored")
     add("--config", default=Plan.file, help="what all arms are changes of")

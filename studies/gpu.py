@@ -236,7 +236,7 @@ def lines(name, part) -> list[list[str]]:
 
 def main():
     """The command line. Raises UserError."""
-    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = config.Parser(__doc__)
     add = parser.add_argument
     add("overrides", nargs="*", help="key=value of every configuration")
     add("--minutes", type=float, default=9, help="for all parts together")

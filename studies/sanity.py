@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import fvd
 from canvas import clip_generator
 from studies.sweep import TITLES
-from support import metrics, protocols, report, runs, storage
+from support import metrics, options, protocols, report, runs, storage
 from support.protocols import Run, collect, object_figures
 
 
@@ -59,9 +59,9 @@ def scores(kind: str, got, detectors) -> dict:
 
 def main():
     """The command line. Raises UserError."""
-    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = config.Parser(__doc__)
     protocols.add_options(parser)
-    runs.add_options(parser, skip=("clips",))
+    options.add_sampling(parser, skip=("clips",))
     parser.add_argument("--out", help="JSON file of the figures (default: in the run folder)")
     args = parser.parse_args()
     run = Run(args, args.ckpt, args.protocol or protocols.protocol_of(args.ckpt))

@@ -163,7 +163,7 @@ def scales(text: str) -> list[tuple[float, float]]:
 
 def main():
     """The command line. Raises UserError."""
-    parser = config.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = config.Parser(__doc__)
     protocols.add_options(parser, many=True)
     parser.set_defaults(seed=None)
     parser.add_argument("--steps", dest="all_steps", type=integers, default="1,2,4,8")

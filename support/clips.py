@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from support.config import UserError, warn
+from support.config import UserError, progress_bar, warn
 from support.metrics import check_counts
 from support.video import VIDEO_FILES, Unreadable, read_frames, read_index
 
@@ -38,7 +37,7 @@ class Clips:
     def __iter__(self):
         order = self.order or range(len(self.names))
         starts = range(0, len(order), self.batch)
-        for begin in tqdm(starts, self.title, unit="batch", disable=not self.title):
+        for begin in progress_bar(starts, self.title, unit="batch", disable=not self.title):
             yield self.read(order[begin : begin + self.batch])
 
 

@@ -33,23 +33,25 @@ class UserError(Exception):
     """Something the user can put right: shown as one line, exit status 2 (see `run_main`)."""
 
 
-def run_main(main):
+def run_main(main, end=True):
     """Run `main()` and end the process: errors of the user or the machine are one line on stderr.
 
-    The exit status is then 2, and 130 after ctrl-c. A bug keeps its traceback.
+    The exit status is then 2, and 130 after ctrl-c. A bug keeps its traceback. With end=False the
+    process goes on where nothing ended it.
     """
-    status = 0
+    status = None
     sys.stdout = sys.stdout or open(os.devnull, "w")  # either may be closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace")  # of a console that cannot show all characters
     try:
-        main()
+        try:
+            main()
+        except SystemExit as stop:  # after --help, too
+            status = stop.code or 0
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         sys.stdout = open(os.devnull, "w")
         status = 1
-    except SystemExit as stop:
-        status = stop.code
     except KeyboardInterrupt:
         log("interrupted")
         status = 130
@@ -59,6 +61,8 @@ def run_main(main):
             raise
         log("error: " + text)
         status = 2
+    if status is None and not end:
+        return
     sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(status or 0)  # gloo's threads now and then abort a process that ends as usual
@@ -91,6 +95,27 @@ def warn(text: str, everywhere: bool = False) -> None:
         log("warning: " + text)
 
 
+class Lines:
+    """Where a bar is written that nobody sees move: each state of it becomes a line on stderr."""
+
+    def write(self, text):
+        if text.strip():
+            log(text)
+
+    def flush(self):
+        pass
+
+
+def progress_bar(*args, **options):
+    """Return tqdm's bar; where stderr is no terminal, it is a line every half minute."""
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        form = "{desc}: {n_fmt} of {total_fmt}, {elapsed}, {remaining} left{postfix}"
+        options |= dict(file=Lines(), mininterval=30, maxinterval=30, miniters=1, bar_format=form)
+    return tqdm(*args, **options)
+
+
 def require(module: str, package: str):
     """Import an optional module. Raises UserError that says which package to install."""
     try:
@@ -100,10 +125,16 @@ def require(module: str, package: str):
 
 
 class Parser(argparse.ArgumentParser):
-    """Command line options; a wrong one is a UserError."""
+    """Options of a script whose docstring says in two paragraphs what it does and how to use it."""
+
+    def __init__(self, doc: str):
+        about, uses = doc.split("\n\n")[:2]
+        raw, uses = argparse.RawDescriptionHelpFormatter, f"examples:\n{uses}"
+        super().__init__(None, None, about, uses, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message):
-        raise UserError(f"{message} (--help lists the options)")
+        example = self.epilog.splitlines()[1].partition("#")[0].strip()
+        raise UserError(f"{message}; for example `{example}`, and --help shows more")
 
 
 # --------------------------------------------------------------------------------- the sections

@@ -17,11 +17,6 @@ def to_precision(precision: str, *networks) -> None:
                 part.bfloat16()
 
 
-def add_compile(parser):
-    about = "torch.compile, on a GPU with CUDA graphs: once for each spatial step and batch size"
-    parser.add_argument("--compile", action="store_true", help=about)
-
-
 def compile_parts(model) -> None:
     """Compile what runs most, the masked transformer and the head, once for each shape."""
     torch._dynamo.config.recompile_limit = 4096

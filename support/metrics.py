@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from support import options
 from support.config import UserError, warn
 
 # --------------------------------------------------------------------------------------- detectors
@@ -122,7 +123,7 @@ def add_options(parser):
     about = "i3d_torchscript.pt: also FVD, KVD, precision and recall on I3D"
     parser.add_argument("--i3d", help=about)
     parser.add_argument("--batch", type=int, default=64, help="clips at once; does not change them")
-    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    options.add_device(parser)
 
 
 def check_counts(*counts: int) -> None:

@@ -50,18 +50,21 @@ def draw_grid(samples, truth, context, path, clips=6, most=16):
 def draw_steps(frame, tokenizer, samples, truth, context, path, clips=4):
     """steps.png: how the first new frame of several clips comes about.
 
-    Its context, the canvas decoded, the frame after each spatial step, the result, the truth.
+    Its context, the canvas decoded, the frame after each spatial step, the result, the truth. Shown
+    are the clips of the first batch whose canvas is farthest from the truth, or from the result.
     """
     latents = {"canvas": frame.f_hat} if frame.f_hat is not None else {}
     latents |= {f"step {s}": latent for s, latent in enumerate(frame.steps, 1)}
-    columns = {f"context {t + 1}": samples[:clips, t] for t in range(context)}
-    for title, latent in latents.items():
-        columns[title] = to_uint8(tokenizer.decode(latent[:clips, None])[:, 0])
-    columns["result"] = samples[:clips, context]
+    drawn = {k: to_uint8(tokenizer.decode(f[:, None])[:, 0]) for k, f in latents.items()}
+    columns = {f"context {t + 1}": samples[:, t] for t in range(context)} | drawn
+    columns["result"] = target = samples[:, context]
     if truth is not None:
-        columns["truth"] = truth[:clips, context]
-    rows = list(zip(*columns.values()))
-    figure(rows, list(columns), [f"clip {i}" for i in range(len(rows))], path)
+        columns["truth"] = target = truth[:, context]
+    canvas = next(iter(drawn.values()))  # or the first step, where there is none
+    error = np.abs(canvas - target[: len(canvas)].astype(float)).mean((1, 2, 3))
+    shown = error.argsort()[::-1][:clips]
+    rows = [[column[i] for column in columns.values()] for i in shown]
+    figure(rows, list(columns), [f"clip {i}" for i in shown], path)
 
 
 def tile(video, columns: int, scale: int):

@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, StackDataset
-from tqdm import tqdm
 
 from canvas import validate
-from support import config, data, fast, metrics, runs
-from support.config import UserError
+from support import config, data, fast, metrics, options, runs
+from support.config import UserError, progress_bar
 from support.machine import autocast, pick_device
 from support.pushing import object_measures
 from support.video import to_uint8
@@ -61,7 +60,7 @@ def add_options(parser, many=False):
     parser.add_argument("--protocol", choices=list(PROTOCOLS))
     parser.add_argument("--clips", type=int, help="test clips (default: the protocol's)")
     metrics.add_options(parser)
-    fast.add_compile(parser)
+    options.add_compile(parser)
 
 
 def protocol_of(ckpt) -> str:
@@ -88,7 +87,7 @@ class Run:
                 raise UserError(f"--{key}={given[key]}: protocol {name} fixes {key}={fixed}")
             given[key] = fixed
         cfg, self.model, self.tokenizer = runs.load_run(ckpt, self.device, Namespace(**given))
-        self.cfg, self.seed = cfg, runs.sampling_seed(cfg, args)
+        self.cfg, self.seed = cfg, options.sampling_seed(cfg, args)
         for key, needed in (("name", p.data), ("size", p.size)):
             trained = getattr(cfg.data, key)
             if needed and trained != needed:
@@ -179,7 +178,7 @@ def collect(run: Run, kinds: dict, detectors: list, floor=False, losses=True) ->
     loader = DataLoader(StackDataset(**sources), run.batch, num_workers=run.cfg.data.workers)
     measured, parts = defaultdict(list), []
     every = [*sources, *kinds]
-    with tqdm(total=len(run.indices) * len(every), desc="scoring", unit="clip") as bar:
+    with progress_bar(total=len(run.indices) * len(every), desc="scoring", unit="clip") as bar:
         for begin, given in zip(range(0, len(run.indices), run.batch), loader):
             real, indices = given["real"], run.indices[begin : begin + run.batch]
             for kind in every:

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from support import config, data, storage
 from support.config import Config, UserError, log, warn
 from support.fast import to_precision
 from support.machine import pick_precision
-from support.storage import SAMPLING
+from support.options import SAMPLING, sampling_keys
 from tokenizer import Tokenizer
 
 
@@ -35,7 +35,7 @@ def load_run(path, device, args=None) -> tuple[Config, CanvasMAR, Tokenizer]:
     """Load a run folder or a checkpoint file: (configuration, averaged model, its tokenizer).
 
     Of a folder it is the newest checkpoint that is not damaged. Where the videos are and what to
-    sample is read from the config.yaml beside it, and from the options of `add_options` in `args`.
+    sample is read from the config.yaml beside it, and from the options of sample.py in `args`.
     Call the networks under `autocast(device, cfg.train.precision)`: bf16 weights are rounded here.
     Raises UserError if a file is missing, damaged or of another kind, or the options do not fit.
     """
@@ -53,7 +53,7 @@ def load_run(path, device, args=None) -> tuple[Config, CanvasMAR, Tokenizer]:
         tree["data"] |= {key: now["data"][key] for key in ("path", "test_list")}
         tree["choice"] |= {key: now["choice"][key] for key in SAMPLING}
         tree["sample"] = now["sample"]
-    for section, f, name in _options():
+    for section, f, name in sampling_keys():
         if getattr(args, name, None) is not None:
             tree[section][f.name] = getattr(args, name)
     cfg = config.from_dict(tree, where="options")
@@ -63,31 +63,6 @@ def load_run(path, device, args=None) -> tuple[Config, CanvasMAR, Tokenizer]:
     tokenizer = unpack_tokenizer(stored["vae"], file, device)
     to_precision(cfg.train.precision, model, tokenizer)
     return cfg, model, tokenizer
-
-
-def _options():
-    """Yield (section, field, name of its option) for each key that only sampling reads."""
-    for f in fields(config.Sample):
-        yield "sample", f, f.name
-    for f in fields(config.Choice):
-        if f.name in SAMPLING:
-            yield "choice", f, f"choice_{f.name}"
-
-
-def add_options(parser, skip=()):
-    """Add --seed and the keys of the `sample` section, and those of `choice` about sampling."""
-    about = "another seed gives other futures (default: the run's)"
-    parser.add_argument("--seed", type=int, help=about)
-    for section, f, name in _options():
-        if name not in skip:
-            about = f"as {section}.{f.name} in the configuration"
-            parser.add_argument(f"--{name.replace('_', '-')}", type=f.type, help=about)
-
-
-def sampling_seed(cfg: Config, args) -> int:
-    """Return --seed, or the run's seed. Raises UserError if it is out of range."""
-    seed = cfg.seed if args.seed is None else args.seed
-    return config.from_dict(config.to_dict(cfg) | {"seed": seed}, where="options").seed
 
 
 # ------------------------------------------------------------------------------ tokenizer files

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from support import config
 from support.config import Config, UserError, replacing, user_message, warn, write_text
+from support.options import SAMPLING
 
 PATIENCE = 10  # seconds to wait for a lock: a training that was just killed may still be ending
 
@@ -102,7 +103,6 @@ FREE = (
     *("train.precision", "train.compile", "train.recompute"),
     *("train.save_every", "train.preview_every", "train.keep"),
 )
-SAMPLING = ("cfg", "temperature", "solver_steps")  # keys of `choice` that training does not read
 # Keys that a tokenizer depends on; as long as there is no model, the others may change too.
 FIRST_STAGE = ("seed", "data.", "tokenizer.", "train.ema", "train.warmup", "train.weight_decay")
 

@@ -23,9 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from support.config import UserError, require, warn
+from support.config import UserError, progress_bar, require, warn
 
 VERSION = 2  # of the index file; one of another version is made anew
 MAX_WARNINGS = 20  # that name a file; the index file names all
@@ -123,7 +122,7 @@ def _probe_all(paths: list[Path]):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = cores if len(paths) > 500 else 0
     entries = DataLoader(paths, batch_size=None, num_workers=workers, collate_fn=probe)
-    return tqdm(entries, "indexing", unit="video", disable=len(paths) < 100)
+    return progress_bar(entries, "indexing", unit="video", disable=len(paths) < 100)
 
 
 def find_videos(root: Path) -> dict[str, list[int]]:

@@ -22,7 +22,7 @@ TOP = {f"{name}.py" for name in METHOD + SCRIPTS} | {
 FOLDERS = {
     *(".ci", "configs", "docs", "extensions", "results", "studies", "support", "tests"),
 }
-BUDGET = {"seven": 1500, "support": 3300, "extensions and studies": 2150}  # lines, formatted
+BUDGET = {"seven": 1500, "support": 3370, "extensions and studies": 2190}  # lines, formatted
 COLUMNS, FUNCTION = 100, 40
 README_LINES, README_WORDS = 180, 1500
 

@@ -82,6 +82,7 @@ def test_a_signal_that_comes_again_at_once_does_not_cut_the_save_short(
     at_step(monkeypatch, 3, act)
     status, err = train_here(tmp_path / "run", named)
     assert status == 130 and "stopped at step 3" in err
+    assert f"`python sample.py --ckpt {tmp_path / 'run'}` draws" in err
     assert storage.read(tmp_path / "run" / "latest.pt", "model")["step"] == 3
     assert not list((tmp_path / "run").glob("*.tmp"))
 

@@ -2,17 +2,19 @@
 
 import os
 import shutil
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
-from conftest import script
+from conftest import ROOT, script
 from test_video import write_video
 
 import sample
-from support import pictures, video
+from support import pictures, storage, video
 from support.config import UserError, run_main
 
 
@@ -43,6 +45,43 @@ def test_script_writes_its_five_files_whatever_the_batch(trained, tmp_path, samp
     names = {"samples.npz", "samples.mp4", "samples.gif", "grid.png", "steps.png"}
     assert {p.name for p in (tmp_path / "a").iterdir()} == names
     assert len(video.frame_times(video.probe(tmp_path / "a" / "samples.mp4"))) == 4
+
+
+@pytest.mark.parametrize("name", ["sample.py", "train.py", "fvd.py"])
+def test_help_shows_three_examples_and_does_not_wait_for_torch(name):
+    command = [sys.executable, "-X", "importtime", name, "--help"]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert said.stdout.count(f"{name} ", said.stdout.index("examples:")) >= 3
+    assert name == "fvd.py" or "| torch" not in said.stderr
+
+
+def test_the_steps_shown_are_of_the_clips_whose_canvas_is_farthest_from_the_truth(monkeypatch):
+    shown, canvas = {}, torch.zeros(5, 4, 1)
+    truth = np.full((6, 3, 8, 8, 3), 127, np.uint8)  # the canvas decoded
+    for i, off in enumerate((3, 50, 0, 90, 20, 99)):
+        truth[i, 2] += off
+    tokenizer = SimpleNamespace(decode=lambda f: torch.zeros(len(f), 1, 3, 8, 8))
+    names = ("rows", "titles", "labels", "path")
+    monkeypatch.setattr(pictures, "figure", lambda *args: shown.update(zip(names, args)))
+    frame = sample.Frame(canvas, canvas, [canvas])
+    pictures.draw_steps(frame, tokenizer, truth * 0, truth, 2, "steps.png", clips=3)
+    assert shown["labels"] == ["clip 3", "clip 1", "clip 4"]  # clip 5 is in another batch
+    assert shown["titles"] == ["context 1", "context 2", "canvas", "step 1", "result", "truth"]
+    assert (shown["rows"][1][-1] == truth[1, 2]).all()
+
+
+def test_a_run_is_exported_as_a_small_file_that_gives_nearly_the_same_samples(
+    trained, tmp_path, sample_here
+):
+    file = tmp_path / "small" / "tiny.pt"
+    script("-m", "studies.export", trained, file)
+    assert file.stat().st_size < (trained / "latest.pt").stat().st_size / 3
+    for name, ckpt in (("a", trained), ("b", file)):
+        sample_here("--ckpt", ckpt, "--out", tmp_path / name, "--clips", 2)
+    a, b = (np.load(tmp_path / name / "samples.npz")["samples"].astype(int) for name in "ab")
+    assert np.abs(a - b).mean() < 2
+    with pytest.raises(UserError, match="is not a model checkpoint"):
+        storage.read(file, "model", ("optimizer",))
 
 
 @pytest.mark.parametrize("lacking", ["libx264", ""])
