@@ -204,15 +204,39 @@ def losses_table(rows) -> str:
     return report.table(["arm", "training steps", "seeds", *names], lines)
 
 
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # seeds: 97.5 % point, one degree less
+
+
+def claim_table(rows, base="uniform deeper", few=2, many=8) -> str:
+    """Return the paper's claim as a test: each arm in `few` steps against the base arm in `many`.
+
+    A line an arm and score: the differences seed by seed, their mean ± half the width of its 95 %
+    confidence interval (Student's t): a smaller difference could not have been seen.
+    """
+    cells = {(r["arm"], r["seed"], r["steps"]): r for r in rows if r["order"] == "random"}
+    pairs, lines = {}, []
+    for (arm, seed, steps), row in cells.items():
+        if steps == few and arm != base and (base, seed, many) in cells:
+            pairs.setdefault(arm, []).append((row, cells[base, seed, many]))
+    for arm, of in pairs.items():
+        cost = f"{of[0][0]['flops'] / of[0][1]['flops']:.2f}"
+        for name in [name for name in TITLES if of[0][0].get(name) is not None]:
+            off = np.array([row[name] - other[name] for row, other in of])
+            half = STUDENT.get(len(off), np.nan) * deviation(off) / len(off) ** 0.5
+            each = ", ".join(f"{value:.3g}" for value in off)
+            lines.append((arm, cost, TITLES[name], each, f"{off.mean():.3g} ± {half:.2g}"))
+    head = [f"arm, S = {few}", f"cost over {base}, S = {many}", "score", "differences"]
+    return report.table([*head, "mean ± 95 %"], lines)
+
+
 def draw(world, rows, out):
     """Write all that the rows of a world give; yield the paths."""
     newest = {(row["arm"], row["train_steps"]): row["config"] for row in rows}
     rows = [row for row in rows if row["config"] == newest[row["arm"], row["train_steps"]]]
     out, losses = Path(out), [row for row in rows if row["what"] == "losses"]
     if usual := scored(rows):
-        write_text(
-            out / f"{world}.md", table(usual) + "\n" + (losses and losses_table(losses) or "")
-        )
+        tables = [table(usual), losses_table(losses) if losses else "", claim_table(whole(usual))]
+        write_text(out / f"{world}.md", "\n".join(tables))
         yield out / f"{world}.md"
         yield draw_steps(whole(usual), out / f"{world}_steps.png")
     if long := scored(rows, long=True):
