@@ -1,6 +1,6 @@
 """Generate video with a trained CanvasMAR: frame after frame, each a few sets of tokens at a time.
 
-    python sample.py --ckpt runs/pushing                        # clips of the test split
+    python sample.py --ckpt pretrained/pushing.pt               # clips of the test split
     python sample.py --ckpt runs/pushing --steps 8 --frames 40  # any key of the `sample` section
     python sample.py --ckpt runs/mine --video mine.mp4          # futures of a video of your own
 
