@@ -290,19 +290,20 @@ NOISE = tuple({"frame_noise": r, "canvas_noise": s} for r, s in ((0.0, 0.0), (0.
 
 
 def score_arm(plan, rows, arm, seed):
-    """Score S = 1 and 4 by guidance and noise; against S and in both orders, half the training as
-    configured, the whole at the best guidance and noise, then also four times as long.
+    """Score against S: half the training as configured, and S = 4 by guidance and noise; the whole
+    at the best guidance and noise, then also in both orders and four times as long.
     """
     rows.get(arm, seed, "losses", **NOISE[1])  # levels that training has
     best = best_way(plan, rows, arm) if plan.whole else {}
-    for w, noise, s in itertools.product((1.0, 1.5), NOISE, (1, 4)):
-        rows.get(arm, seed, "scores", steps=s, **guided(w), **noise)
-    for s in (1, 2, 4, 8, 16) if plan.whole else (1, 2, 4, 8):
+    for s in (1, 2, 4, 8, 16) if plan.whole else (1, 4, 8):
         rows.get(arm, seed, "scores", steps=s, **best)
+    if not plan.whole:
+        for w, noise in itertools.product((1.0, 1.5), NOISE):
+            rows.get(arm, seed, "scores", **guided(w), **noise)
+        return
     for s in (2, 4) if plan.load(arm).model.canvas else ():
         rows.get(arm, seed, "scores", steps=s, order="motion", **best)
-    if plan.whole:
-        rows.get(arm, seed, "scores", frames=4 * plan.load().data.frames, **best)
+    rows.get(arm, seed, "scores", frames=4 * plan.load().data.frames, **best)
 
 
 def best_way(plan, rows, arm) -> dict:
