@@ -17,8 +17,16 @@ from torch.utils.checkpoint import checkpoint
 class MAR(nn.Module):
     """c = MAR(u), bidirectional in a frame; the canvas makes MAR's uniform [MASK] non-uniform."""
 
-    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int, picture=False,
-                 enter="as it is"):
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        heads: int,
+        depth: int,
+        grid: int,
+        picture=False,
+        enter="as it is",
+    ):
         super().__init__()
         self.picture, self.embed = picture, nn.Linear(channels, width)  # E
         self.z_t_proj = nn.Linear(width, width)  # P

@@ -167,8 +167,10 @@ class Model:
     tell_noise: bool
     canvas_change: bool
     canvas_as: str = choices("embedding", "picture")
-    enter: str = choices("as it is", "scaled", "projected", "alone")
     diffusion_repeat: int = bounded(1, 1024)
+    enter: str = field(
+        default="as it is", metadata={"choices": ("as it is", "scaled", "projected", "alone")}
+    )
 
 
 @dataclass(frozen=True)
