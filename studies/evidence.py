@@ -81,6 +81,7 @@ class Plan:
         """Return {name: the keys in which it differs from the configuration}."""
         m = config.load(self.file).model
         uniform, change = {"model.canvas": False}, {"model.canvas_change": True}
+        wide = {"model.frame_noise_min": 0.0}
         # Before, noise was added, f + sigma eps, sigma of U[0, 1.2], not on the start: the same
         # range of noise to signal, not the same distribution.
         before = change | {"model.canvas_weight": 1.0}
@@ -96,8 +97,10 @@ class Plan:
             "uniform": uniform,
             # as many parameters
             "uniform deeper": uniform | {"model.mar_depth": m.mar_depth + m.canvas_depth},
-            "level told": {"model.tell_noise": True},
-            "less noise": {"model.frame_noise_min": 0.0, "model.frame_noise_max": 0.3},
+            # Of the canvas as a change, with noise down to none, as sampling has it.
+            "wide noise": change | wide,
+            "level told": change | wide | {"model.tell_noise": True},
+            "less noise": change | wide | {"model.frame_noise_max": 0.3},
             "choosing canvas": {"choice.latent": 16},
             # How the canvas enters the masked transformer, each with the canvas as a change.
             "change scaled": change | {"model.enter": "scaled"},
