@@ -97,10 +97,10 @@ class Plan:
             "uniform": uniform,
             # as many parameters
             "uniform deeper": uniform | {"model.mar_depth": m.mar_depth + m.canvas_depth},
-            # Of the canvas as a change, with noise down to none, as sampling has it.
-            "wide noise": change | wide,
-            "level told": change | wide | {"model.tell_noise": True},
-            "less noise": change | wide | {"model.frame_noise_max": 0.3},
+            # Noise down to none, as sampling has it.
+            "wide noise": wide,
+            "level told": wide | {"model.tell_noise": True},
+            "less noise": wide | {"model.frame_noise_max": 0.3},
             "choosing canvas": {"choice.latent": 16},
             # How the canvas enters the masked transformer, each with the canvas as a change.
             "change scaled": change | {"model.enter": "scaled"},
