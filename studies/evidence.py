@@ -43,7 +43,7 @@ FIXED = {"train.precision": "fp32", "model.canvas_change": False}  # of all arms
 # What a score does not depend on, or what its line says anyway.
 FREE = ("run", "device", "seed", "data.workers", "data.path", "tokenizer.checkpoint")
 FREE += ("train.compile", "train.recompute", "train.save_every", "train.preview_every")
-FREE += ("train.keep", "sample")
+FREE += ("train.keep", "sample", "model.enter")  # the arm's name says the last
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Plan:
         """Return {name: the keys in which it differs from the configuration}."""
         m = config.load(self.file).model
         uniform, change = {"model.canvas": False}, {"model.canvas_change": True}
+        wide = {"model.frame_noise_min": 0.0}
         # Before, noise was added, f + sigma eps, sigma of U[0, 1.2], not on the start: the same
         # range of noise to signal, not the same distribution.
         before = change | {"model.canvas_weight": 1.0}
@@ -96,9 +97,16 @@ class Plan:
             "uniform": uniform,
             # as many parameters
             "uniform deeper": uniform | {"model.mar_depth": m.mar_depth + m.canvas_depth},
-            "level told": {"model.tell_noise": True},
-            "less noise": {"model.frame_noise_min": 0.0, "model.frame_noise_max": 0.3},
+            # Noise down to none, as sampling has it.
+            "wide noise": wide,
+            "level told": wide | {"model.tell_noise": True},
+            "less noise": wide | {"model.frame_noise_max": 0.3},
             "choosing canvas": {"choice.latent": 16},
+            # How the canvas enters the masked transformer, each with the canvas as a change.
+            "change scaled": change | {"model.enter": "scaled"},
+            "change projected": change | {"model.enter": "projected"},
+            "change without z_t": change | {"model.enter": "alone"},
+            "change deeper": change | {"model.mar_depth": m.mar_depth + m.canvas_depth},
         }
 
 
@@ -290,19 +298,20 @@ NOISE = tuple({"frame_noise": r, "canvas_noise": s} for r, s in ((0.0, 0.0), (0.
 
 
 def score_arm(plan, rows, arm, seed):
-    """Score S = 1 and 4 by guidance and noise; against S and in both orders, half the training as
-    configured, the whole at the best guidance and noise, then also four times as long.
+    """Score against S: half the training as configured, and S = 4 by guidance and noise; the whole
+    at the best guidance and noise, then also in both orders and four times as long.
     """
     rows.get(arm, seed, "losses", **NOISE[1])  # levels that training has
     best = best_way(plan, rows, arm) if plan.whole else {}
-    for w, noise, s in itertools.product((1.0, 1.5), NOISE, (1, 4)):
-        rows.get(arm, seed, "scores", steps=s, **guided(w), **noise)
-    for s in (1, 2, 4, 8, 16) if plan.whole else (1, 2, 4, 8):
+    for s in (1, 2, 4, 8, 16) if plan.whole else (1, 4, 8):
         rows.get(arm, seed, "scores", steps=s, **best)
+    if not plan.whole:
+        for w, noise in itertools.product((1.0, 1.5), NOISE):
+            rows.get(arm, seed, "scores", **guided(w), **noise)
+        return
     for s in (2, 4) if plan.load(arm).model.canvas else ():
         rows.get(arm, seed, "scores", steps=s, order="motion", **best)
-    if plan.whole:
-        rows.get(arm, seed, "scores", frames=4 * plan.load().data.frames, **best)
+    rows.get(arm, seed, "scores", frames=4 * plan.load().data.frames, **best)
 
 
 def best_way(plan, rows, arm) -> dict:
