@@ -32,7 +32,7 @@ class CanvasMAR(nn.Module):
         if m.canvas:
             self.canvas = Canvas(*sizes, m.canvas_depth, grid, m.canvas_change)
         self.picture = m.canvas and m.canvas_as == "picture"
-        self.mar = MAR(*sizes, m.mar_depth, grid, self.picture, m.enter)
+        self.mar = MAR(*sizes, m.mar_depth, grid, self.picture)
         self.head = DiffLoss(channels, m.width, m.head_width, m.head_depth)
         self.set_recompute(cfg.train.recompute)
 

@@ -17,16 +17,7 @@ from torch.utils.checkpoint import checkpoint
 class MAR(nn.Module):
     """c = MAR(u), bidirectional in a frame; the canvas makes MAR's uniform [MASK] non-uniform."""
 
-    def __init__(
-        self,
-        channels: int,
-        width: int,
-        heads: int,
-        depth: int,
-        grid: int,
-        picture=False,
-        enter="as it is",
-    ):
+    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int, picture=False):
         super().__init__()
         self.picture, self.embed = picture, nn.Linear(channels, width)  # E
         self.z_t_proj = nn.Linear(width, width)  # P
@@ -34,11 +25,6 @@ class MAR(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(grid**2, width))
         self.blocks = nn.ModuleList(Block(width, heads, grid) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.enter = enter
-        if enter == "scaled":
-            self.scale = nn.Parameter(torch.full((width,), 0.1))
-        if enter == "projected":
-            self.project = nn.Linear(width, width, bias=False)
 
     def forward(self, f, masked, z_t, z_s, index):
         """Return c (B, K, D) of the tokens `index` (B, K), counted within the T*N of their clip.
@@ -49,12 +35,6 @@ class MAR(nn.Module):
         # canvas, which is zero, leaves MAR's uniform [MASK].
         if self.picture:  # z_s is f_hat (B, T, N, C); E without its bias, so that zero stays zero
             z_s = F.linear(z_s, self.embed.weight)
-        if self.enter == "scaled":
-            z_s = self.scale * z_s
-        if self.enter == "projected":
-            z_s = self.project(z_s)
-        if self.enter == "alone":
-            z_t = z_t.masked_fill(masked[..., None], 0)
         u = torch.where(masked[..., None], self.mask_token + z_s, self.embed(f))  # (B, T, N, D)
         u = u + self.position + self.z_t_proj(z_t)  # (B, T, N, D)
         u = u.flatten(0, 1)  # (B*T, N, D)

@@ -43,7 +43,7 @@ FIXED = {"train.precision": "fp32", "model.canvas_change": False}  # of all arms
 # What a score does not depend on, or what its line says anyway.
 FREE = ("run", "device", "seed", "data.workers", "data.path", "tokenizer.checkpoint")
 FREE += ("train.compile", "train.recompute", "train.save_every", "train.preview_every")
-FREE += ("train.keep", "sample", "model.enter")  # the arm's name says the last
+FREE += ("train.keep", "sample")
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,6 @@ class Plan:
             "level told": wide | {"model.tell_noise": True},
             "less noise": wide | {"model.frame_noise_max": 0.3},
             "choosing canvas": {"choice.latent": 16},
-            # How the canvas enters the masked transformer, each with the canvas as a change.
-            "change scaled": change | {"model.enter": "scaled"},
-            "change projected": change | {"model.enter": "projected"},
-            "change without z_t": change | {"model.enter": "alone"},
-            "change deeper": change | {"model.mar_depth": m.mar_depth + m.canvas_depth},
         }
 
 

@@ -199,9 +199,6 @@ class Model:
     canvas_change: bool
     canvas_as: str = choices("embedding", "picture")
     diffusion_repeat: int = bounded(1, 1024)
-    enter: str = field(
-        default="as it is", metadata={"choices": ("as it is", "scaled", "projected", "alone")}
-    )
 
 
 @dataclass(frozen=True)
