@@ -27,12 +27,11 @@ class CanvasMAR(nn.Module):
         self.start = nn.Parameter(torch.zeros(self.tokens, channels))  # stands before frame 1
         self.null = nn.Parameter(torch.zeros(m.width))  # stands for a dropped z_t
         sizes = (channels, m.width, m.heads)
-        self.temporal = Temporal(*sizes, m.temporal_depth, grid, m.window, m.tell_noise)
+        self.temporal = Temporal(*sizes, m.temporal_depth, grid, m.window)
         self.canvas = None  # the baseline: one uniform [MASK] token
         if m.canvas:
-            self.canvas = Canvas(*sizes, m.canvas_depth, grid, m.canvas_change)
-        self.picture = m.canvas and m.canvas_as == "picture"
-        self.mar = MAR(*sizes, m.mar_depth, grid, self.picture)
+            self.canvas = Canvas(*sizes, m.canvas_depth, grid)
+        self.mar = MAR(*sizes, m.mar_depth, grid)
         self.head = DiffLoss(channels, m.width, m.head_width, m.head_depth)
         self.set_recompute(cfg.train.recompute)
 
@@ -41,7 +40,7 @@ class CanvasMAR(nn.Module):
         past = torch.cat([self.start.expand(len(f), 1, -1, -1), f[:, :-1]], dim=1)
         # Reported (Eq. 11, unchecked): noise on the latest frame; on all that is read, ours.
         prev = add_noise(past, draws.frame_eps, draws.frame_noise)  # (B, T, N, C)  frame i-1 at i
-        z_t = self.temporal(prev if self.cfg.noisy_past else past, level=draws.frame_noise)
+        z_t = self.temporal(prev)
         z_s, f_hat, static, extra = self.predict_canvas(z_t, prev, f, draws)
         l_canvas, logs = self.canvas_losses(f, f_hat, static)
 
@@ -70,7 +69,7 @@ class CanvasMAR(nn.Module):
         if self.canvas is None:
             return torch.zeros_like(z_t), None, None, {}
         z_s, f_hat, static = self.canvas(z_t, prev)
-        return f_hat if self.picture else z_s, f_hat, static, {}
+        return z_s, f_hat, static, {}
 
     def canvas_losses(self, f, f_hat, static):
         """Return lambda L_canvas + L_static and the figures for the log."""
@@ -107,7 +106,7 @@ class CanvasMAR(nn.Module):
             tau=tau,
             eps=eps.unflatten(2, (R, -1)).transpose(1, 2),
             canvas_noise=m.canvas_noise_max * rand(frames)[..., None, None],
-            canvas_eps=randn(frames, N, self.channels if self.picture else m.width),
+            canvas_eps=randn(frames, N, m.width),
             drop_temporal=drop[:, 0] < m.drop_temporal,
             drop_canvas=drop[:, 1] < m.drop_canvas,
             frame_noise=low + (high - low) * rand(frames)[..., None, None],
@@ -160,10 +159,10 @@ class Temporal(nn.Module):
     training did. The window, rotary time positions and the difference to the frame before are ours.
     """
 
-    def __init__(self, channels, width, heads, depth, grid, window, tell_noise=False):
+    def __init__(self, channels, width, heads, depth, grid, window):
         super().__init__()
-        self.window, self.tokens, self.tell_noise = window, grid**2, tell_noise
-        self.in_proj = nn.Linear(2 * channels + tell_noise, width)
+        self.window, self.tokens = window, grid**2
+        self.in_proj = nn.Linear(2 * channels, width)
         self.position = nn.Parameter(0.02 * torch.randn(grid**2, width))
         attention = partial(CausalAttention, self.tokens, window)
         self.blocks = nn.ModuleList(Block(width, heads, grid, attention) for _ in range(depth))
@@ -172,15 +171,14 @@ class Temporal(nn.Module):
         frequency = 100 ** (-torch.arange(half) / half)  # radians per frame
         self.register_buffer("frequency", frequency, persistent=False)
 
-    def forward(self, prev, cache: "Cache | None" = None, level=0.0):
+    def forward(self, prev, cache: "Cache | None" = None):
         """Return z_t of all frames; with a cache, prev are those after its frames: the same z_t."""
         first = cache.frames if cache else 0
         index = torch.arange(first, first + prev.shape[1], device=prev.device)
         earlier = torch.cat([cache.latest if first else prev[:, :1], prev[:, :-1]], dim=1)
         # No difference for the start and the frame after it, of which there is none.
         earlier = torch.where(index[:, None, None] < 2, prev, earlier)
-        told = level + torch.zeros_like(prev[..., : int(self.tell_noise)])  # or no channel
-        x = self.in_proj(torch.cat([prev, prev - earlier, told], dim=-1)) + self.position
+        x = self.in_proj(torch.cat([prev, prev - earlier], dim=-1)) + self.position
         x = x.flatten(1, 2)  # (B, T*N, D)
         angle = index.repeat_interleave(self.tokens)[:, None] * self.frequency  # (T*N, d/2)
         for i, block in enumerate(self.blocks):
@@ -255,15 +253,15 @@ class LayerCache:
 class Canvas(nn.Module):
     """The canvas network: z_t (..., N, D) and the frame before, prev (..., N, C) -> the canvas.
 
-    Returns z_s (..., N, D), its picture f_hat = W z_s, or prev + W z_s, (..., N, C), and for each
+    Returns z_s (..., N, D), its picture f_hat = W z_s (..., N, C), and for each
     token a guess of exp(- its squared error) (..., N), the staticness. Frame by frame, in one shot,
     trained with L2: the mean over possible futures, so it is blurred. z_s has unit variance per
     token, so that the level of its noise is relative: ours.
     """
 
-    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int, change: bool):
+    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int):
         super().__init__()
-        self.change, self.embed = change, nn.Linear(channels, width)
+        self.embed = nn.Linear(channels, width)
         self.blocks = nn.ModuleList(Block(width, heads, grid) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.out_proj = nn.Linear(width, channels)  # W
@@ -275,9 +273,8 @@ class Canvas(nn.Module):
         for block in self.blocks:
             x = block(x)
         z_s = self.norm(x).view_as(z_t)
-        f_hat = self.out_proj(z_s)
         static = self.staticness(z_s.detach()).squeeze(-1).sigmoid()  # trains itself alone: ours
-        return z_s, prev + f_hat if self.change else f_hat, static
+        return z_s, self.out_proj(z_s), static
 
 
 def clip_generator(seed: int, clip: int, device="cpu") -> torch.Generator:

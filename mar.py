@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 class MAR(nn.Module):
     """c = MAR(u), bidirectional in a frame; the canvas makes MAR's uniform [MASK] non-uniform."""
 
-    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int, picture=False):
+    def __init__(self, channels: int, width: int, heads: int, depth: int, grid: int):
         super().__init__()
-        self.picture, self.embed = picture, nn.Linear(channels, width)  # E
+        self.embed = nn.Linear(channels, width)  # E
         self.z_t_proj = nn.Linear(width, width)  # P
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.position = nn.Parameter(0.02 * torch.randn(grid**2, width))
@@ -33,8 +33,6 @@ class MAR(nn.Module):
         """
         # The canvas is said to replace the mask token. Ours: it is added to it, so that a dropped
         # canvas, which is zero, leaves MAR's uniform [MASK].
-        if self.picture:  # z_s is f_hat (B, T, N, C); E without its bias, so that zero stays zero
-            z_s = F.linear(z_s, self.embed.weight)
         u = torch.where(masked[..., None], self.mask_token + z_s, self.embed(f))  # (B, T, N, D)
         u = u + self.position + self.z_t_proj(z_t)  # (B, T, N, D)
         u = u.flatten(0, 1)  # (B*T, N, D)

@@ -50,7 +50,7 @@ def generate(model: CanvasMAR, context, opts: config.Sample, seed: int, clips):
     for _ in range(opts.frames - opts.context):
         eps = draw_noise(streams, past.shape[1:], past.device)
         prev = add_noise(past, eps, opts.frame_noise)  # once a frame, as it is cached
-        z_t = model.temporal(prev if model.cfg.noisy_past else past, cache, opts.frame_noise)[:, -1]
+        z_t = model.temporal(prev, cache)[:, -1]
         frame = generate_frame(model, z_t, prev[:, -1], opts, streams)
         past = frame.latent[:, None]
         yield frame

@@ -1,7 +1,7 @@
 """Does the canvas pay, and what else does? Arms that differ in one thing, with error bars.
 
     python -m studies.evidence                               # every arm, half the training, a seed
-    python -m studies.evidence --whole                       # six arms, all of it, three seeds
+    python -m studies.evidence --whole                       # five arms, all of it, three seeds
     python -m studies.evidence --config configs/doom.yaml    # the same of another world
     python -m studies.evidence --arms paper --seeds 0        # a part; other arms may run beside it
     python -m studies.evidence draw                          # figures and tables of stored scores
@@ -38,8 +38,8 @@ from support.video import to_uint8
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("results/evidence")
-WHOLE = ("paper", "canvas as a change", "before", "uniform", "uniform deeper", "choosing canvas")
-FIXED = {"train.precision": "fp32", "model.canvas_change": False}  # of all arms but as they say
+WHOLE = ("paper", "wide noise", "uniform", "uniform deeper", "choosing canvas")
+FIXED = {"train.precision": "fp32"}
 # What a score does not depend on, or what its line says anyway.
 FREE = ("run", "device", "seed", "data.workers", "data.path", "tokenizer.checkpoint")
 FREE += ("train.compile", "train.recompute", "train.save_every", "train.preview_every")
@@ -80,26 +80,14 @@ class Plan:
     def arms(self) -> dict:
         """Return {name: the keys in which it differs from the configuration}."""
         m = config.load(self.file).model
-        uniform, change = {"model.canvas": False}, {"model.canvas_change": True}
-        wide = {"model.frame_noise_min": 0.0}
-        # Before, noise was added, f + sigma eps, sigma of U[0, 1.2], not on the start: the same
-        # range of noise to signal, not the same distribution.
-        before = change | {"model.canvas_weight": 1.0}
-        before |= {"model.frame_noise_min": 0.0, "model.frame_noise_max": 1.2 / 2.2}
-        before |= {"model.drop_temporal": 0.1, "model.drop_canvas": 0.1}
+        uniform, wide = {"model.canvas": False}, {"model.frame_noise_min": 0.0}
         return {
             "paper": {},
-            "temporal reads clean frames": {"model.noisy_past": False},
             "lambda 1": {"model.canvas_weight": 1.0},
-            "before": before,
-            "canvas as a change": change,
-            "canvas as a picture": {"model.canvas_as": "picture"},
             "uniform": uniform,
             # as many parameters
             "uniform deeper": uniform | {"model.mar_depth": m.mar_depth + m.canvas_depth},
-            # Noise down to none, as sampling has it.
-            "wide noise": wide,
-            "level told": wide | {"model.tell_noise": True},
+            "wide noise": wide,  # down to none, as sampling has it
             "less noise": wide | {"model.frame_noise_max": 0.3},
             "choosing canvas": {"choice.latent": 16},
         }
@@ -321,7 +309,7 @@ def main():
     add = parser.add_argument
     add("draw", nargs="?", choices=["draw"], help="only draw what is stored")
     add("--config", default=Plan.file, help="what all arms are changes of")
-    add("--whole", action="store_true", help="six arms, all training steps, more settings")
+    add("--whole", action="store_true", help="five arms, all training steps, more settings")
     add("--arms", help="which, by commas (a wrong name lists them)")
     add("--seeds", help="of training, by commas (default: 0, or 0,1,2 of the whole training)")
     args = parser.parse_args()

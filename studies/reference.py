@@ -67,21 +67,18 @@ def slow_frames(model, context, opts, seed, clips):
     """
     streams = [clip_generator(seed, int(clip)) for clip in clips]
     start = model.start.expand(len(context), 1, -1, -1)
-    past = noisy = torch.cat([start, context], dim=1)
-    for i in range(opts.frames - opts.context):
-        new = past if i == 0 else past[:, -1:]
+    new, noisy = torch.cat([start, context], dim=1), start[:, :0]
+    for _ in range(opts.frames - opts.context):
         eps = torch.stack([torch.randn(new.shape[1:], generator=g) for g in streams]).to(new)
-        prev = add_noise(new, eps, opts.frame_noise)
-        noisy = prev if i == 0 else torch.cat([noisy, prev], dim=1)
-        f = slow_frame(model, past, noisy, opts, streams)
-        past = torch.cat([past, f[:, None]], dim=1)
+        noisy = torch.cat([noisy, add_noise(new, eps, opts.frame_noise)], dim=1)
+        f = slow_frame(model, noisy, opts, streams)
+        new = f[:, None]
         yield f
 
 
-def slow_frame(model, past, noisy, opts, streams):
-    """Return the frame (B, N, C) that follows past (B, T, N, C), without and with noise."""
-    read, prev = noisy if model.cfg.noisy_past else past, noisy[:, -1]
-    z_t = model.temporal(read, level=opts.frame_noise)[:, -1]
+def slow_frame(model, noisy, opts, streams):
+    """Return the frame (B, N, C) that follows the noisy past, noisy (B, T, N, C)."""
+    z_t, prev = model.temporal(noisy)[:, -1], noisy[:, -1]
     B, N, C = prev.shape
     order_noise = torch.stack([torch.rand(N, generator=g) for g in streams]).to(prev)
     eps = torch.stack([torch.randn(N, C, generator=g) for g in streams]).to(prev)

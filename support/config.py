@@ -194,10 +194,6 @@ class Model:
     canvas_weight: float = bounded(0)
     drop_temporal: float = bounded(0, 1)
     drop_canvas: float = bounded(0, 1)
-    noisy_past: bool
-    tell_noise: bool
-    canvas_change: bool
-    canvas_as: str = choices("embedding", "picture")
     diffusion_repeat: int = bounded(1, 1024)
 
 
@@ -266,7 +262,7 @@ class Config:
 
 
 REMOVED = {  # keys of earlier versions
-    *(f"model.canvas_{key}" for key in ("gradient", "latent", "noise", "under")),
+    *(f"model.canvas_{key}" for key in ("change", "gradient", "latent", "noise", "under")),
     *(f"model.choice_{key}" for key in ("loss", "noise", "reads", "tells", "weight")),
     *("model.past_noise", "model.drop_choice"),
     *("sample.cfg_choice", "sample.choice_steps", "sample.choice_temperature"),

@@ -24,8 +24,6 @@ TINY = (
 ).split()
 ARMS = {
     "default": [],
-    "frame": ["model.canvas_change=false", "model.tell_noise=true"],
-    "picture": ["model.canvas_as=picture", "model.noisy_past=false"],
     "noise in sampling": ["sample.frame_noise=0.3", "sample.canvas_noise=0.2"],
     "uniform": ["model.canvas=false"],
     "three branches, motion": ["sample.cfg_canvas=2", "sample.order=motion"],

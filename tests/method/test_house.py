@@ -150,8 +150,7 @@ from tokenizer import Tokenizer
 model = Section(
     width=16, heads=2, temporal_depth=1, canvas_depth=1, mar_depth=1, head_width=16, head_depth=1,
     window=2, canvas=True, frame_noise_min=0.2, frame_noise_max=0.6, canvas_noise_max=0.3,
-    canvas_weight=0.1, noisy_past=True, tell_noise=False, canvas_change=False,
-    canvas_as="embedding", drop_temporal=0.05, drop_canvas=0.05, diffusion_repeat=2,
+    canvas_weight=0.1, drop_temporal=0.05, drop_canvas=0.05, diffusion_repeat=2,
 )
 vae = Section(stride=8, channels=2, width=4, kl_weight=1e-4)
 cfg = Section(model=model, grid=4, tokenizer=vae, train=Section(recompute=False))

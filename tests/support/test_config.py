@@ -669,7 +669,7 @@ def test_every_key_must_be_there_but_those_of_the_choice():
     assert config.from_dict(tree) == whole and whole.choice.latent == 0
     tree["choice"] = {"latent": 4}
     assert config.from_dict(tree).choice == config.Choice(latent=4)
-    for section, name in (("sample", "order"), ("train", "recompute"), ("model", "noisy_past")):
+    for section, name in (("sample", "order"), ("train", "recompute"), ("model", "canvas")):
         less = tree | {section: {k: v for k, v in tree[section].items() if k != name}}
         with pytest.raises(UserError, match=f"missing {section}.{name}"):
             config.from_dict(less)
