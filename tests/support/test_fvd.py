@@ -241,7 +241,7 @@ def test_both_uses_are_in_the_help(capsys):
     with pytest.raises(SystemExit):
         call(fvd.main, "--help")
     out = capsys.readouterr().out
-    assert "fvd.py --ckpt runs/pushing --protocol pushing" in out and "fvd.py real/ generated/" in out
+    assert "fvd.py --ckpt runs/pushing --protocol" in out and "fvd.py real/ generated/" in out
 
 
 # ------------------------------------------------------------------ what is written, where and when
