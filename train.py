@@ -76,8 +76,11 @@ def draw_samples(cfg, machine, model, tokenizer, test):
     indices = data.evenly_spaced(test, cfg.sample.clips)
     clips = torch.stack([test.clip(i)[: cfg.sample.frames] for i in indices])
     out = Path(cfg.run) / "samples"
-    log(f"trained; drawing samples, as `python sample.py --ckpt {cfg.run}` does")
-    sample.write_samples(out, cfg, model, tokenizer, clips, cfg.seed, machine.device)
+    try:
+        sample.write_samples(out, cfg, model, tokenizer, clips, cfg.seed, machine.device)
+    except SystemExit:  # of a signal
+        log(f"stopped; all is trained, `python sample.py --ckpt {cfg.run}` draws")
+        raise
     print(f"done: open {out / 'samples.gif'}; more pictures are beside it, curves in {cfg.run}")
 
 
@@ -184,9 +187,9 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=ids)
     batches = iter(remaining_batches(cfg, machine, source, stage, done))
-    draw = f", `python sample.py --ckpt {cfg.run}` draws" * (stage.kind == "model")
     bad = torch.zeros((), dtype=torch.long, device=device)  # the first step that was not finite
     net.train()
+    step, stop = done, 0
     with progress(machine, stage, done) as advance:
         for step in range(done + 1, stage.steps + 1):
             for group in optimizer.param_groups:
@@ -199,9 +202,12 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
             line = after_step(cfg, machine, stage, ema, optimizer, step, logs, bad, stop)
             advance(line)
             if stop:
-                if machine.rank == 0:
-                    log(f"stopped at step {step} of {stage.steps}; the same command goes on{draw}")
-                sys.exit(128 + stop)
+                break
+    if stop:
+        if machine.rank == 0:
+            draw = f", `python sample.py --ckpt {cfg.run}` draws" * (stage.kind == "model")
+            log(f"stopped at step {step} of {stage.steps}; the same command goes on{draw}")
+        sys.exit(128 + stop)
     return ema
 
 

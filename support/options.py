@@ -26,7 +26,10 @@ def sample(doc: str) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", required=True, help="a run folder, or one of its .pt files")
     add("--out", help="folder for the results (default: samples/ in the run folder)")
-    add("--video", help="continue the end of this video instead of clips of the test split")
+    add(
+        "--video",
+        help="continue the end of this video of one scene, instead of clips of the test split",
+    )
     add("--batch", type=int, default=64, help="clips generated at once; does not change them")
     add_device(parser)
     add_sampling(parser)
@@ -49,7 +52,8 @@ def add_sampling(parser, skip=()):
     parser.add_argument("--seed", type=int, help=about)
     for section, f, name in sampling_keys():
         if name not in skip:
-            about = f"as {section}.{f.name} in the configuration"
+            of = " | ".join(map(str, f.metadata.get("choices", ())))
+            about = f"{of} (default: {section}.{f.name} of the run)".strip()
             parser.add_argument(f"--{name.replace('_', '-')}", type=f.type, help=about)
 
 
