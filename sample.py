@@ -170,7 +170,9 @@ def main():
     if args.compile:
         compile_parts(model)
     folder = runs.run_folder(args.ckpt)
-    if args.video:  # several futures of one video
+    if args.video is not None:  # several futures of one video
+        if not opts.context:
+            raise UserError("--video needs --context of at least 1")
         context = read_ending(args.video, cfg.data.size, opts.context, cfg.data.stride)
         videos = context.expand(opts.clips, -1, -1, -1, -1)
     else:
@@ -179,7 +181,15 @@ def main():
         videos = torch.stack([source.clip(i) for i in data.evenly_spaced(source, opts.clips)])
     out = storage.make_folder(args.out or folder / "samples")
     names = write_samples(
-        out, cfg, model, tokenizer, videos, seed, device, has_truth=not args.video, batch=args.batch
+        out,
+        cfg,
+        model,
+        tokenizer,
+        videos,
+        seed,
+        device,
+        has_truth=args.video is None,
+        batch=args.batch,
     )
     print(f"wrote {names} to {out}")
 

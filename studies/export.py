@@ -6,10 +6,13 @@
 Such a file can be sampled from and scored, but not trained further.
 """
 
+import os
+
 from support import config  # before torch: it says how threads wait
 import torch
 
 from support import runs, storage
+from support.config import UserError
 
 
 def half(values):
@@ -25,6 +28,8 @@ def main():
     parser.add_argument("run", help="a run folder, or one of its .pt files")
     parser.add_argument("file", help="to write")
     args = parser.parse_args()
+    if os.path.exists(args.file):
+        raise UserError(f"{args.file} is there already; delete it, or choose another name")
     cfg, model, tokenizer = runs.load_run(args.run, "cpu")
     stored = {"kind": "model", "config": config.to_dict(cfg), "ema": model.state_dict()}
     stored["vae"] = runs.pack_tokenizer(tokenizer)

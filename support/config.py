@@ -13,6 +13,7 @@ import importlib
 import os
 import re
 import reprlib
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ def run_main(main, end=True):
     process goes on where nothing ended it.
     """
     status = None
+    if end and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # either may be closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace")  # of a console that cannot show all characters
@@ -62,6 +65,8 @@ def run_main(main, end=True):
         log("error: " + text)
         status = 2
     if status is None and not end:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import
         return
     sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

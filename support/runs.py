@@ -129,8 +129,9 @@ def _restore_tokenizer(folder) -> None:
         why = None if file.exists() and storage.read(file, "tokenizer") else f"{file} is gone"
     except storage.CorruptFile as error:
         why = error
-    source, stored = storage.load_latest(folder, "", "model") if why else (None, None)
-    if source and "vae" in stored:
+    keys = ("vae", "net")  # the latter lacks in an exported file, which refuses to go on anyway
+    source, stored = storage.load_latest(folder, "", "model", keys) if why else (None, None)
+    if source:
         tokenizer = unpack_tokenizer(stored["vae"], source)
         if file.exists():
             file.rename(f"{file}.damaged")

@@ -76,6 +76,7 @@ def test_a_run_is_exported_as_a_small_file_that_gives_nearly_the_same_samples(
     file = tmp_path / "small" / "tiny.pt"
     script("-m", "studies.export", trained, file)
     assert file.stat().st_size < (trained / "latest.pt").stat().st_size / 3
+    script("-m", "studies.export", trained, file, expect=2)  # overwrites nothing
     for name, ckpt in (("a", trained), ("b", file)):
         sample_here("--ckpt", ckpt, "--out", tmp_path / name, "--clips", 2)
     a, b = (np.load(tmp_path / name / "samples.npz")["samples"].astype(int) for name in "ab")
