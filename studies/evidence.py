@@ -104,9 +104,10 @@ class Plan:
             "choosing canvas": {"choice.latent": 16},
             # How the canvas enters the masked transformer, each with the canvas as a change.
             "change scaled": change | {"model.enter": "scaled"},
-            "change projected": change | {"model.enter": "projected"},
-            "change without z_t": change | {"model.enter": "alone"},
-            "change deeper": change | {"model.mar_depth": m.mar_depth + m.canvas_depth},
+            # The same of the paper's canvas.
+            "canvas projected": {"model.enter": "projected"},
+            "canvas without z_t": {"model.enter": "alone"},
+            "canvas deeper": {"model.mar_depth": m.mar_depth + m.canvas_depth},
         }
 
 
