@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,6 +268,8 @@ def explain_errors(machine):
         text = " ".join(str(error).split())
         lost = re.search("connection (closed|reset)|broken pipe|read error|gloo", text, re.I)
         if re.search(r"DataLoader worker \(pid", text):
+            if hasattr(signal, "SIGCHLD"):  # torch raises it again for every worker that ends
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             remedy = "often memory is short, then data.workers=0 helps"
             why = f"a process that prepares data died ({text[:150]}); {remedy}"
         elif machine.ranks > 1 and (lost or isinstance(error, dist.DistError)):
