@@ -137,6 +137,9 @@ class Parser(argparse.ArgumentParser):
         raw, uses = argparse.RawDescriptionHelpFormatter, f"examples:\n{uses}"
         super().__init__(None, None, about, uses, formatter_class=raw, allow_abbrev=False)
 
+    def print_help(self, file=None):  # argparse's own passes over a write that fails
+        print(self.format_help(), end="", file=file)
+
     def error(self, message):
         example = self.epilog.splitlines()[1].partition("#")[0].strip()
         raise UserError(f"{message}; for example `{example}`, and --help shows more")

@@ -204,7 +204,7 @@ def test_a_reader_that_leaves_early_is_no_error_to_speak_of(script):
     command = [sys.executable, ROOT / script, "--help"]
     process = subprocess.run(command, stdout=there, stderr=subprocess.PIPE)
     os.close(there)
-    assert process.returncode in (0, 1) and process.stderr == b""
+    assert (process.returncode, process.stderr) == (1, b"")
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
