@@ -180,17 +180,8 @@ def main():
         source = data.open_source(cfg.data, cfg.seed, "test", opts.frames, index)
         videos = torch.stack([source.clip(i) for i in data.evenly_spaced(source, opts.clips)])
     out = storage.make_folder(args.out or folder / "samples")
-    names = write_samples(
-        out,
-        cfg,
-        model,
-        tokenizer,
-        videos,
-        seed,
-        device,
-        has_truth=args.video is None,
-        batch=args.batch,
-    )
+    truth = args.video is None
+    names = write_samples(out, cfg, model, tokenizer, videos, seed, device, truth, args.batch)
     print(f"wrote {names} to {out}")
 
 

@@ -122,7 +122,6 @@ def add_options(parser):
     """Add the options of all that scores: detector, clips at once, device."""
     about = "i3d_torchscript.pt: also FVD, KVD, precision and recall on I3D"
     parser.add_argument("--i3d", help=about)
-    parser.add_argument("--batch", type=int, default=64, help="clips at once; does not change them")
     options.add_device(parser)
 
 

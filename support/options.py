@@ -26,11 +26,7 @@ def sample(doc: str) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", required=True, help="a run folder, or one of its .pt files")
     add("--out", help="folder for the results (default: samples/ in the run folder)")
-    add(
-        "--video",
-        help="continue the end of this video of one scene, instead of clips of the test split",
-    )
-    add("--batch", type=int, default=64, help="clips generated at once; does not change them")
+    add("--video", help="continue the end of this video, of one scene, not clips of the test split")
     add_device(parser)
     add_sampling(parser)
     add_compile(parser)
@@ -38,7 +34,9 @@ def sample(doc: str) -> argparse.Namespace:
 
 
 def add_device(parser):
-    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    add = parser.add_argument
+    add("--batch", type=int, default=64, help="clips at once; does not change them")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
 
 
 def add_compile(parser):
