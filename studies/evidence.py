@@ -284,7 +284,8 @@ def score_arm(plan, rows, arm, seed):
     """Score against S: half the training as configured, and S = 4 by guidance and noise; the whole
     at the best guidance and noise, then also in both orders and four times as long.
     """
-    rows.get(arm, seed, "losses", **NOISE[1])  # levels that training has
+    for noise in NOISE:
+        rows.get(arm, seed, "losses", **noise)
     best = best_way(plan, rows, arm) if plan.whole else {}
     for s in (1, 2, 4, 8, 16) if plan.whole else (1, 4, 8):
         rows.get(arm, seed, "scores", steps=s, **best)

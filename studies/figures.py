@@ -155,7 +155,8 @@ def draw_frames(rows, path):
 
 def draw_losses(rows, path):
     """Draw held-out losses against mask ratio, over those of the uniform mask, seed by seed."""
-    of = {(row["arm"], row["seed"]): row["losses"] for row in rows}
+    noise = max(row["frame_noise"] for row in rows)  # a level that training has
+    of = {(r["arm"], r["seed"]): r["losses"] for r in rows if r["frame_noise"] == noise}
     names = [name for name in rows[0]["losses"] if name.startswith("diffusion@")]
     fig, axes = panels(1)
     for arm in dict.fromkeys(arm for arm, _ in of):
@@ -196,12 +197,10 @@ def losses_table(rows) -> str:
     names, ends = list(rows[0]["losses"]), {}
     for row in rows:
         values = [row["losses"].get(name, np.nan) for name in names]
-        ends.setdefault((row["arm"], row["train_steps"]), []).append(values)
-    lines = [
-        (arm, str(steps), str(len(of)), *map(mean, np.array(of).T))
-        for (arm, steps), of in ends.items()
-    ]
-    return report.table(["arm", "training steps", "seeds", *names], lines)
+        key = (row["arm"], str(row["train_steps"]), str(row["frame_noise"]))
+        ends.setdefault(key, []).append(values)
+    lines = [(*key, str(len(of)), *map(mean, np.array(of).T)) for key, of in ends.items()]
+    return report.table(["arm", "training steps", "noise", "seeds", *names], lines)
 
 
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # seeds: 97.5 % point, one degree less

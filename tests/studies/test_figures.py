@@ -49,14 +49,21 @@ def test_losses_are_compared_seed_by_seed(tmp_path):
             "arm": arm,
             "seed": seed,
             "train_steps": 2,
+            "frame_noise": noise,
             "losses": {k: v * scale for k, v in losses.items()},
         }
-        for arm, seed, scale in (("a", 0, 1.0), ("uniform", 0, 2.0), ("uniform", 1, 2.5))
+        for arm, seed, scale, noise in (
+            ("a", 0, 1.0, 0.3),
+            ("uniform", 0, 2.0, 0.3),
+            ("uniform", 1, 2.5, 0.3),
+            ("a", 0, 9.0, 0.0),  # no other seed: another level
+        )
     ]
     assert figures.draw_losses(found, tmp_path / "x.png").stat().st_size > 1000
-    _, _, first, second = figures.losses_table(found).splitlines()
-    assert first == "| a | 2 | 1 | 0.500 | 1.000 | 0.200 |"
-    assert second.startswith("| uniform | 2 | 2 | 1.12 ± 0.18 | ")
+    _, _, first, second, third = figures.losses_table(found).splitlines()
+    assert first == "| a | 2 | 0.3 | 1 | 0.500 | 1.000 | 0.200 |"
+    assert second.startswith("| uniform | 2 | 0.3 | 2 | 1.12 ± 0.18 | ")
+    assert third.startswith("| a | 2 | 0.0 | 1 | 4.500 | ")
 
 
 def test_the_claim_is_a_difference_seed_by_seed_with_its_confidence_interval():
