@@ -206,7 +206,8 @@ def main():
     words = sys.argv[1:]
     of_run = any(word.split("=")[0] == "--ckpt" for word in words)
     parser = config.Parser(__doc__)
-    parser.epilog += "\n\n`fvd.py --ckpt RUN --help` lists the options of the first"
+    parser.usage = "fvd.py --ckpt RUN --protocol NAME [options]   (--ckpt RUN --help lists them)"
+    parser.usage += "\n       fvd.py real generated [options]"
     add = parser.add_argument
     if of_run:
         protocols.add_options(parser)

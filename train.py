@@ -79,7 +79,7 @@ def draw_samples(cfg, machine, model, tokenizer, test):
     try:
         sample.write_samples(out, cfg, model, tokenizer, clips, cfg.seed, machine.device)
     except SystemExit:  # of a signal
-        log(f"stopped; all is trained, `python sample.py --ckpt {cfg.run}` draws")
+        log(f"all is trained: `python sample.py --ckpt {cfg.run}` draws")
         raise
     print(f"done: open {out / 'samples.gif'}; more pictures are beside it, curves in {cfg.run}")
 

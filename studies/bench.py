@@ -3,7 +3,6 @@
     python -m studies.bench train [config] [key=value]    # a training step: MFU, memory, parts
     python -m studies.bench sample [config] [key=value]   # a generated frame: the same
     python -m studies.bench attention [config] [key=value]  # the temporal attention in three ways
-    python -m studies.bench busy [config] [key=value]     # a step alone, and beside a second copy
     python -m studies.bench cost CONFIG [key=value]       # parameters, FLOPs, memory: counted
 
 Weights and clips are made up, times are medians over --repeats. --json FILE keeps all figures.
@@ -11,7 +10,6 @@ Weights and clips are made up, times are medians over --repeats. --json FILE kee
 
 import copy
 import json
-import os
 import platform
 import statistics
 import sys
@@ -241,44 +239,6 @@ def training_pairs(t) -> dict:
     }
 
 
-def bench_busy(cfg, args) -> dict:
-    """Time a step alone and beside a second process that takes the same steps, in turns.
-
-    Twice as long is a fair share of the cores.
-    """
-    bench = Bench(cfg, args.repeats)
-    step, spawn = Training(cfg, bench).step, torch.multiprocessing.get_context("spawn")
-    ready, go, times = spawn.Event(), spawn.Event(), {"alone": [], "beside": []}
-    second = spawn.Process(target=take_steps, args=(cfg, ready, go), daemon=True)
-    second.start()
-    ready.wait()
-    for _ in range(4):
-        for name, now in (("alone", go.clear), ("beside", go.set)):
-            now()
-            step()  # the other's last step may still run
-            times[name] += [bench.seconds(step) for _ in range(args.repeats)]
-    second.kill()
-    alone, beside = (statistics.median(of) for of in times.values())
-    ratio = beside / alone
-    names = ("OMP_NUM_THREADS", *config.WAITING)
-    environment = {name: os.environ[name] for name in names if name in os.environ}
-    print(
-        f"{bench.name}, {torch.get_num_threads()} threads, {environment}: {1e3 * alone:.4g} ms a "
-        f"step alone, {1e3 * beside:.4g} ms beside a second copy: {ratio:.2f} times as long"
-    )
-    measured = {"environment": environment, "seconds": times, "beside_over_alone": ratio}
-    return bench.figures | measured
-
-
-def take_steps(cfg, ready, go):
-    """Take training steps while `go` is set, for ever."""
-    step = Training(cfg, Bench(cfg, 0)).step
-    step()
-    ready.set()
-    while go.wait():
-        step()
-
-
 # ----------------------------------------------------------------------------------- sampling
 
 
@@ -408,7 +368,6 @@ WAYS = {
     "train": bench_train,
     "sample": bench_sample,
     "attention": bench_attention,
-    "busy": bench_busy,
     "cost": bench_cost,
 }
 

@@ -99,12 +99,19 @@ def _handle_signals(machine: Machine) -> None:
     A second signal within two seconds is the same one: torchrun passes on a ctrl-c.
     """
 
+    def tell(text):
+        if machine.rank == 0:
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{text}\n".encode())  # print may be what was interrupted
+
     def stop(number, _frame):
         again = machine.stopped and time.monotonic() > machine.asked + 2
         if not machine.busy or again:
+            tell("stopped at once; the same command goes on from what was saved")
             sys.exit(128 + number)
         if not machine.stopped:
             machine.stopped, machine.asked = number, time.monotonic()
+            tell("stopping after this step; once more stops at once")
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

@@ -36,11 +36,12 @@ def load_run(path, device, args=None) -> tuple[Config, CanvasMAR, Tokenizer]:
     """Load a run folder or a checkpoint file: (configuration, averaged model, its tokenizer).
 
     Of a folder it is the newest checkpoint that is not damaged. Where the videos are and what to
-    sample is read from the config.yaml beside it, and from the options of sample.py in `args`.
+    sample is read from the run's config.yaml beside it, and from sample.py's options in `args`.
     Call the networks under `autocast(device, cfg.train.precision)`: bf16 weights are rounded here.
     Raises UserError if a file is missing, damaged or of another kind, or the options do not fit.
     """
-    file, keys = Path(path), ("config", "vae", "ema")
+    file = path = Path(path)
+    keys = ("config", "vae", "ema")
     if file.is_dir():
         file, stored = storage.load_latest(file, "", "model", keys)
     else:
@@ -49,7 +50,7 @@ def load_run(path, device, args=None) -> tuple[Config, CanvasMAR, Tokenizer]:
         raise UserError(f"{path} holds no latest.pt; is the training still at the tokenizer?")
     tree = config.to_dict(config.from_dict(stored["config"], where=str(file)))
     beside = file.parent / "config.yaml"
-    if beside.exists():  # it may have been edited since
+    if "net" in stored and beside.exists():  # it may have been edited since; not of an export
         now = config.to_dict(config.load(beside))
         tree["data"] |= {key: now["data"][key] for key in ("path", "test_list")}
         tree["choice"] |= {key: now["choice"][key] for key in SAMPLING}

@@ -164,6 +164,8 @@ def read(path, kind: str, keys=()) -> dict:
     Raises CorruptFile, and UserError for a file that is missing, of another `kind` or without
     one of `keys`.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a device may have no end
+        raise UserError(f"cannot read {path}: it is no file")
     try:
         with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
             warnings.simplefilter("ignore")  # torch warns of odd pickles before it refuses them
@@ -178,9 +180,10 @@ def read(path, kind: str, keys=()) -> dict:
             raise  # the machine's fault, not the file's: short of memory
         damaged = "is damaged or no checkpoint of this project"
         raise CorruptFile(f"{path} {damaged} ({error!r:.150})") from None
-    whole = isinstance(stored, dict) and stored.get("kind") == kind
-    if not whole or any(key not in stored for key in keys):
-        raise UserError(f"{path} is not a {kind} checkpoint of this project")
+    held = stored if isinstance(stored, dict) else {}
+    if held.get("kind") != kind or any(key not in held for key in keys):
+        exported = " to train on, but exported to sample from" * ("vae" in held)
+        raise UserError(f"{path} is not a {kind} checkpoint of this project{exported}")
     return stored
 
 

@@ -77,12 +77,13 @@ def test_a_run_is_exported_as_a_small_file_that_gives_nearly_the_same_samples(
     script("-m", "studies.export", trained, file)
     assert file.stat().st_size < (trained / "latest.pt").stat().st_size / 3
     script("-m", "studies.export", trained, file, expect=2)  # overwrites nothing
+    (file.parent / "config.yaml").write_text("no run of its")  # not read, as it is another's
     for name, ckpt in (("a", trained), ("b", file)):
         sample_here("--ckpt", ckpt, "--out", tmp_path / name, "--clips", 2)
     a, b = (np.load(tmp_path / name / "samples.npz")["samples"].astype(int) for name in "ab")
     assert np.abs(a - b).mean() < 2
-    with pytest.raises(UserError, match="is not a model checkpoint"):
-        storage.read(file, "model", ("optimizer",))
+    with pytest.raises(UserError, match="is not a model checkpoint .* exported to sample from"):
+        storage.read(file, "model", ("net",))
 
 
 @pytest.mark.parametrize("lacking", ["libx264", ""])
@@ -205,6 +206,8 @@ def test_script_continues_a_video_of_the_user(trained, tmp_path, sample_here):
 
 BAD = {
     "No such file": ["--ckpt", "{run}/none.pt"],
+    "it is no file": ["--ckpt", "/dev/zero"],
+    ". holds no latest.pt": ["--ckpt", ""],
     "no latest.pt": ["--ckpt", "{run}/samples"],
     "is not a model checkpoint": ["--ckpt", "{run}/tokenizer.pt"],
     "damaged or no checkpoint": ["--ckpt", "{run}/config.yaml"],

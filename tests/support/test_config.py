@@ -675,15 +675,6 @@ def test_every_key_must_be_there_but_those_of_the_choice():
             config.from_dict(less)
 
 
-@pytest.mark.parametrize("name", sorted(config.REMOVED))
-def test_a_configuration_of_an_earlier_version_says_which_commit_has_its_keys(name):
-    section, key = name.split(".")
-    tree = config.to_dict(tiny())
-    tree[section] |= {key: 1}
-    with pytest.raises(UserError, match=f"run/latest.pt: {name} is a key of an earlier .* ec280af"):
-        config.from_dict(tree, where="run/latest.pt")
-
-
 def test_a_choosing_canvas_needs_a_canvas_and_its_options_a_latent():
     with pytest.raises(UserError, match="choice.latent=4 needs the canvas"):
         tiny("model.canvas=false", "choice.latent=4")
