@@ -223,7 +223,8 @@ def claim_table(rows, base="uniform deeper", few=2, many=8) -> str:
             off = np.array([row[name] - other[name] for row, other in of])
             half = STUDENT.get(len(off), np.nan) * deviation(off) / len(off) ** 0.5
             each = ", ".join(f"{value:.3g}" for value in off)
-            lines.append((arm, cost, TITLES[name], each, f"{off.mean():.3g} ± {half:.2g}"))
+            mean_of = f"{off.mean():.3g} ± {half:.2g}" * (len(off) > 1)
+            lines.append((arm, cost, TITLES[name], each, mean_of))
     head = [f"arm, S = {few}", f"cost over {base}, S = {many}", "score", "differences"]
     return report.table([*head, "mean ± 95 %"], lines)
 

@@ -10,7 +10,6 @@ from support import config
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "configs/README.md"]
-WENT = "\n## Options that went\n"  # names that no longer exist are listed below it
 ARMS = {  # in docs/CHOICE.md: in its stored table
     "config.yaml": "past noise x2, change of the last frame",
     "uniform, deeper, same noise": "past noise x2, uniform, deeper",
@@ -62,7 +61,7 @@ def test_links_to_sections_lead_somewhere(page):  # those to files: test_house.p
 
 @every_page
 def test_what_is_named_exists(page):
-    text = page.read_text().split(WENT)[0]
+    text = page.read_text()
     for name in set(re.findall(r"python -m (studies\.\w+)", text)) - {"studies.NAME"}:
         assert (ROOT / f"{name.replace('.', '/')}.py").exists(), name
     for name in re.findall(r"(?:`|python |torchrun |/)([\w/]+\.(?:py|yaml))\b", text):
