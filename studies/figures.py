@@ -110,17 +110,21 @@ def merit(row) -> float:
     return row["right"] * min(speed, 1 / max(speed, 1e-6))
 
 
-def draw_steps(rows, path):
-    """Draw scores against spatial steps: of each arm the way with most values of S, then merit."""
-    best, arms = {}, dict.fromkeys(row["arm"] for row in rows)
+def best_way(rows) -> list[dict]:
+    """Return of each arm's rows those of the way with most values of S, then with most merit."""
+    best = {}
     for row in rows:
         ways = best.setdefault(row["arm"], {})
         ways.setdefault(tuple(row[k] for k in WAY), {})[row["steps"]] = merit(row)
     for arm, ways in best.items():
         best[arm] = max(ways, key=lambda way: (len(ways[way]), sum(ways[way].values())))
-    cells = over_seeds(
-        [r for r in rows if tuple(r[k] for k in WAY) == best[r["arm"]]], "arm", "steps"
-    )
+    return [row for row in rows if tuple(row[k] for k in WAY) == best[row["arm"]]]
+
+
+def draw_steps(rows, path):
+    """Draw scores against spatial steps, of each arm in its best way."""
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    cells = over_seeds(best_way(rows), "arm", "steps")
     names = [
         name for name in TITLES if not np.isnan([c[name].mean() for c in cells.values()]).all()
     ]
@@ -212,7 +216,7 @@ def claim_table(rows, base="uniform deeper", few=2, many=8) -> str:
     A line an arm and score: the differences seed by seed, their mean ± half the width of its 95 %
     confidence interval (Student's t): a smaller difference could not have been seen.
     """
-    cells = {(r["arm"], r["seed"], r["steps"]): r for r in rows if r["order"] == "random"}
+    cells = {(row["arm"], row["seed"], row["steps"]): row for row in best_way(rows)}
     pairs, lines = {}, []
     for (arm, seed, steps), row in cells.items():
         if steps == few and arm != base and (base, seed, many) in cells:
