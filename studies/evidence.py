@@ -260,10 +260,15 @@ def read_rows(file) -> list[dict]:
 
 
 def about() -> dict:
-    """Return where and with what code a line was made."""
-    commit, command = "", ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """Return where and with what code a line was made; "-dirty": not as committed."""
+    commit = ""
     with contextlib.suppress(OSError):  # no git
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        there = {"capture_output": True, "text": True, "cwd": ROOT}
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **there).stdout.strip()
+        changed = subprocess.run(
+            ["git", "diff", "--quiet", "HEAD", "--", "*.py", "*.yaml"], cwd=ROOT
+        )
+        commit += "-dirty" * bool(commit and changed.returncode)
     machine = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else machine
     return {"commit": commit, "torch": torch.__version__, "machine": machine}

@@ -128,7 +128,7 @@ def draw_steps(rows, path):
     names = [
         name for name in TITLES if not np.isnan([c[name].mean() for c in cells.values()]).all()
     ]
-    fig, axes = panels(4)
+    fig, axes = panels(min(5, len(names)))
     for ax, name in zip(axes, names):
         for arm in arms:
             steps = sorted(s for of, s in cells if of == arm)
