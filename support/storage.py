@@ -164,8 +164,8 @@ def read(path, kind: str, keys=()) -> dict:
     Raises CorruptFile, and UserError for a file that is missing, of another `kind` or without
     one of `keys`.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a device may have no end
-        raise UserError(f"cannot read {path}: it is no file")
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # no end
+        raise UserError(f"cannot read {path}: it is a device, no file")
     try:
         with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
             warnings.simplefilter("ignore")  # torch warns of odd pickles before it refuses them

@@ -206,7 +206,7 @@ def test_script_continues_a_video_of_the_user(trained, tmp_path, sample_here):
 
 BAD = {
     "No such file": ["--ckpt", "{run}/none.pt"],
-    "it is no file": ["--ckpt", "/dev/zero"],
+    "it is a device": ["--ckpt", "/dev/zero"],
     ". holds no latest.pt": ["--ckpt", ""],
     "no latest.pt": ["--ckpt", "{run}/samples"],
     "is not a model checkpoint": ["--ckpt", "{run}/tokenizer.pt"],
