@@ -51,14 +51,13 @@ class Bair:
         wanted = range(start, start + self.need, self.data.stride)
         try:
             data = read_record(file, offset, length)
-            clip = to_tensor(
-                np.stack([find_image(data, f"{t}/image_aux1/encoded") for t in wanted])
-            )
+            images = [find_image(data, f"{t}/image_aux1/encoded") for t in wanted]
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}") from None
         except KeyError as error:
             what = f"the record at byte {offset} has no image {error.args[0]} of 64x64"
             raise UserError(f"{file} is not of the BAIR data set: {what}") from None
+        clip = to_tensor(np.stack(images))
         return torch.nn.functional.interpolate(clip, (self.data.size,) * 2, mode="area")
 
 

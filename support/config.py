@@ -107,9 +107,6 @@ class Lines:
         if text.strip():
             log(text)
 
-    def flush(self):
-        pass
-
 
 def progress_bar(*args, **options):
     """Return tqdm's bar; where stderr is no terminal, it is a line every half minute."""

@@ -14,8 +14,7 @@ def train(doc: str) -> tuple[str, list[str]]:
     """Return the file of the configuration and the `key.sub=value` words of train.py."""
     parser = config.Parser(doc)
     parser.add_argument("config", metavar="CONFIG.yaml", help="as config.yaml or one of configs/")
-    about = "any key of the configuration and its value"
-    parser.add_argument("keys", metavar="key.sub=value", nargs="*", default=[], help=about)
+    parser.add_argument("keys", metavar="key.sub=value", nargs="*", help="of the configuration")
     args = parser.parse_args()
     return args.config, args.keys
 
@@ -34,9 +33,8 @@ def sample(doc: str) -> argparse.Namespace:
 
 
 def add_device(parser):
-    add = parser.add_argument
-    add("--batch", type=int, default=64, help="clips at once; does not change them")
-    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    parser.add_argument("--batch", type=int, default=64, help="clips at once; does not change them")
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
 
 
 def add_compile(parser):

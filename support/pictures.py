@@ -70,8 +70,7 @@ def draw_steps(frame, tokenizer, samples, truth, context, path, clips=4):
 def tile(video, columns: int, scale: int):
     """uint8 (clips, T, H, W, 3) -> (T, rows * H * scale, columns * W * scale, 3), side by side."""
     blank = np.zeros_like(video[:1]).repeat(-len(video) % columns, 0)
-    tiles = np.concatenate([video, blank])
-    movie = rearrange(tiles, "(r k) t h w c -> t (r h) (k w) c", k=columns)
+    movie = rearrange([*video, *blank], "(r k) t h w c -> t (r h) (k w) c", k=columns)
     return movie.repeat(scale, 1).repeat(scale, 2)
 
 

@@ -40,14 +40,13 @@ def load_run(path, device, args=None) -> tuple[Config, CanvasMAR, Tokenizer]:
     Call the networks under `autocast(device, cfg.train.precision)`: bf16 weights are rounded here.
     Raises UserError if a file is missing, damaged or of another kind, or the options do not fit.
     """
-    file = path = Path(path)
-    keys = ("config", "vae", "ema")
+    file, keys = Path(path), ("config", "vae", "ema")
     if file.is_dir():
         file, stored = storage.load_latest(file, "", "model", keys)
     else:
         stored = storage.read(file, "model", keys)
     if file is None:
-        raise UserError(f"{path} holds no latest.pt; is the training still at the tokenizer?")
+        raise UserError(f"{Path(path)} holds no latest.pt; is the training still at the tokenizer?")
     tree = config.to_dict(config.from_dict(stored["config"], where=str(file)))
     beside = file.parent / "config.yaml"
     if "net" in stored and beside.exists():  # it may have been edited since; not of an export
@@ -171,9 +170,7 @@ def open_run(cfg: Config, source: str, machine, stack) -> Config:
 
 def picture_path(cfg: Config, name: str) -> Path:
     """Return the path of a picture in the run's samples/, which is made."""
-    folder = Path(cfg.run) / "samples"
-    folder.mkdir(exist_ok=True)
-    return folder / name
+    return storage.make_folder(Path(cfg.run) / "samples") / name
 
 
 def save(cfg, stage, ema, optimizer, step) -> None:

@@ -32,7 +32,7 @@ FOLDERS = {
         "tests",
     ),
 }
-BUDGET = {"seven": 1500, "support": 3380, "extensions and studies": 2150}  # lines, formatted
+BUDGET = {"seven": 1500, "support": 3370, "extensions and studies": 2150}  # lines, formatted
 COLUMNS, FUNCTION = 100, 40
 README_LINES, README_WORDS = 180, 1500
 
