@@ -157,24 +157,6 @@ def draw_frames(rows, path):
     return save(fig, axes[0], path)
 
 
-def draw_losses(rows, path):
-    """Draw held-out losses against mask ratio, over those of the uniform mask, seed by seed."""
-    noise = max(row["frame_noise"] for row in rows)  # a level that training has
-    of = {(r["arm"], r["seed"]): r["losses"] for r in rows if r["frame_noise"] == noise}
-    names = [name for name in rows[0]["losses"] if name.startswith("diffusion@")]
-    fig, axes = panels(1)
-    for arm in dict.fromkeys(arm for arm, _ in of):
-        seeds = [seed for name, seed in of if name == arm and ("uniform", seed) in of]
-        if not seeds:
-            continue
-        pairs = [(of[arm, seed], of["uniform", seed]) for seed in seeds]
-        relative = np.array([[own[name] / base[name] for name in names] for own, base in pairs])
-        line(axes[0], arm, [float(name.split("@")[1]) for name in names], relative)
-    axes[0].set_xlabel("mask ratio")
-    axes[0].set_title("held-out diffusion loss over that of the uniform mask", fontsize=9)
-    return save(fig, axes[0], path)
-
-
 # ------------------------------------------------------------------------------------- tables
 
 
@@ -245,5 +227,3 @@ def draw(world, rows, out):
         yield draw_steps(whole(usual), out / f"{world}_steps.png")
     if long := scored(rows, long=True):
         yield draw_frames(whole(long), out / f"{world}_frames.png")
-    if losses and any(row["arm"] == "uniform" for row in whole(losses)):
-        yield draw_losses(whole(losses), out / f"{world}_losses.png")

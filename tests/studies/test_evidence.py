@@ -144,7 +144,7 @@ def test_the_whole_training_is_scored_at_the_best_settings_of_other_clips(plan, 
     assert motion == {("paper", 2), ("paper", 4)}
     assert {row["arm"] for row in rows.rows if row.get("frames") == 12} == {"paper", "uniform"}
     drawn = [file.name for file in figures.draw("tiny", rows.rows, evidence.OUT)]
-    assert drawn == ["tiny.md", "tiny_steps.png", "tiny_frames.png", "tiny_losses.png"]
+    assert drawn == ["tiny.md", "tiny_steps.png", "tiny_frames.png"]
     assert "| paper | 4 | " in (evidence.OUT / "tiny.md").read_text()
 
 

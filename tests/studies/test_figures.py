@@ -42,7 +42,7 @@ def test_long_rollouts_other_parts_and_shorter_trainings_are_kept_apart():
     assert figures.whole(every) == usual + long + tuning
 
 
-def test_losses_are_compared_seed_by_seed(tmp_path):
+def test_losses_are_told_by_arm_and_level_of_noise():
     losses = {"diffusion@0.1": 0.5, "diffusion@1.0": 1.0, "canvas": 0.2}
     found = [
         {
@@ -59,7 +59,6 @@ def test_losses_are_compared_seed_by_seed(tmp_path):
             ("a", 0, 9.0, 0.0),  # no other seed: another level
         )
     ]
-    assert figures.draw_losses(found, tmp_path / "x.png").stat().st_size > 1000
     _, _, first, second, third = figures.losses_table(found).splitlines()
     assert first == "| a | 2 | 0.3 | 1 | 0.500 | 1.000 | 0.200 |"
     assert second.startswith("| uniform | 2 | 0.3 | 2 | 1.12 ± 0.18 | ")
