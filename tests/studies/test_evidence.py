@@ -204,4 +204,4 @@ def test_pictures_are_judged_by_a_network_that_knows_them(monkeypatch):
     noisy = (clips.float() + 20 * torch.randn(clips.shape, generator=draw)).clamp(0, 255).byte()
     far = (metrics.detect_features(detector, noisy) - features).norm(dim=1)
     between = torch.cdist(features, features)[~torch.eye(6, dtype=bool)]
-    assert far.min() > 0.2 * between.mean()
+    assert far.min() > between.mean()  # noise is farther than another picture
