@@ -38,7 +38,7 @@ class CanvasMAR(nn.Module):
     def forward(self, f, draws: "Draws"):
         """Return (loss, logs) of clips f (B, T, N, C).  L = L_diff + lambda L_canvas + L_static."""
         past = torch.cat([self.start.expand(len(f), 1, -1, -1), f[:, :-1]], dim=1)
-        # Reported (Eq. 11, unchecked): noise on the latest frame; on all that is read, ours.
+        # Reported (Eq. 11, unchecked): noise on the latest frame; ours: on every frame of the past.
         prev = add_noise(past, draws.frame_eps, draws.frame_noise)  # (B, T, N, C)  frame i-1 at i
         z_t = self.temporal(prev)
         z_s, f_hat, static, extra = self.predict_canvas(z_t, prev, f, draws)
@@ -176,7 +176,7 @@ class Temporal(nn.Module):
         first = cache.frames if cache else 0
         index = torch.arange(first, first + prev.shape[1], device=prev.device)
         earlier = torch.cat([cache.latest if first else prev[:, :1], prev[:, :-1]], dim=1)
-        # No difference for the start and the frame after it, of which there is none.
+        # The start and the frame after it have no frame before: their difference is zero.
         earlier = torch.where(index[:, None, None] < 2, prev, earlier)
         x = self.in_proj(torch.cat([prev, prev - earlier], dim=-1)) + self.position
         x = x.flatten(1, 2)  # (B, T*N, D)

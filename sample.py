@@ -67,7 +67,7 @@ def generate_frame(model, z_t, prev, opts, streams) -> Frame:
     order_noise = to_device([torch.rand(N, generator=g) for g in streams], device)
     eps = draw_noise(streams, (N, C), device)
     z_s, f_hat, static, _ = model.predict_canvas(z_t, prev, generators=streams)
-    canvas_eps = draw_noise(streams, z_s.shape[1:], device)  # drawn without a canvas, too
+    canvas_eps = draw_noise(streams, z_s.shape[1:], device)  # also without a canvas: equal noise
     if f_hat is not None:  # z_s (B, N, D), f_hat (B, N, C), static (B, N)
         f_hat, z_s = f_hat.float(), add_noise(z_s, canvas_eps, opts.canvas_noise)
     schedule = reveal_schedule(N, opts.steps, opts.order)

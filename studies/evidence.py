@@ -4,7 +4,7 @@
     python -m studies.evidence --whole                       # five arms, all of it, three seeds
     python -m studies.evidence --config configs/doom.yaml    # the same of another world
     python -m studies.evidence --arms paper --seeds 0        # a part; other arms may run beside it
-    python -m studies.evidence draw                          # figures and tables of stored scores
+    python -m studies.evidence draw [--config FILE]          # figures and tables of stored scores
 
 Each cell is a line of results/evidence/WORLD.jsonl, scored once: what is stored there is neither
 trained nor scored again, on any machine. Sampling settings are chosen on other test clips.
@@ -87,7 +87,7 @@ class Plan:
             "lambda 1": {"model.canvas_weight": 1.0},
             "uniform": uniform,
             "uniform deeper": uniform | {"model.mar_depth": m.mar_depth + m.canvas_depth},
-            "wide noise": wide,  # down to none, as sampling has it
+            "wide noise": wide,  # down to none
             "less noise": wide | {"model.frame_noise_max": 0.3},
             "choosing canvas": {"choice.latent": 16},
         }
@@ -208,7 +208,7 @@ def watched(run, make, by_frame):
 
     def kind(real, indices):
         video = make(real, indices)
-        x, y = real[:, context:], video[:, context:].to(real.device)  # on the CPU
+        x, y = real[:, context:], video[:, context:].to(real.device)
         by_frame["psnr"].append(metrics.psnr(to_uint8(x), to_uint8(y)).numpy())
         by_frame["sharpness"].append((gradient(y).mean(0) / gradient(x).mean(0))[None].numpy())
         if run.name == "pushing":

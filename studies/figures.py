@@ -13,8 +13,8 @@ from support.config import write_text
 TITLES = {
     "frechet": "Fréchet distance (offline, not FVD)",
     "imagenet": "Fréchet distance (EfficientNet-Lite0, not FID)",
-    "right": "right frames",
-    "shaped": "and right shapes",
+    "right": "correct frames",
+    "shaped": "shape-correct frames",
     "speed": "speed / real",
     "spread": "diversity / real",
     "spread_first": "diversity of the first frame / real",
@@ -25,12 +25,12 @@ TITLES = {
     "hue": "hue error of the last frame, degrees",
 }
 FRAMES = {
-    "right": "right frames",
+    "right": "correct frames",
     "hue": "hue error, degrees",
     "psnr": "PSNR, dB",
     "sharpness": "sharpness / real",
 }
-WAY = ("cfg_temporal", "frame_noise", "order")
+WAY = ("cfg_temporal", "frame_noise", "order")  # of sampling
 
 
 def over_seeds(rows, *keys) -> dict:
@@ -100,9 +100,9 @@ def line(ax, name, x, values):
 
 
 def merit(row) -> float:
-    """Return what settings are chosen by: right frames times min(speed, 1 / speed) of `pushing`.
+    """Return what settings are chosen by: correct frames times min(speed, 1 / speed) of `pushing`.
 
-    Strong guidance makes frames right and slow; stronger guidance makes them wrong and lively,
+    Strong guidance makes frames correct and slow; stronger guidance makes them wrong and lively,
     which the Fréchet distance takes for better. Of other data it is the distance `imagenet`.
     """
     if "right" not in row:
@@ -111,7 +111,7 @@ def merit(row) -> float:
     return row["right"] * min(speed, 1 / max(speed, 1e-6))
 
 
-def best_way(rows) -> list[dict]:
+def fullest_way(rows) -> list[dict]:
     """Return of each arm's rows those of the way with most values of S, then with most merit."""
     best = {}
     for row in rows:
@@ -125,7 +125,7 @@ def best_way(rows) -> list[dict]:
 def draw_steps(rows, path):
     """Draw scores against spatial steps, of each arm in its best way."""
     arms = dict.fromkeys(row["arm"] for row in rows)
-    cells = over_seeds(best_way(rows), "arm", "steps")
+    cells = over_seeds(fullest_way(rows), "arm", "steps")
     names = [
         name for name in TITLES if not np.isnan([c[name].mean() for c in cells.values()]).all()
     ]
@@ -197,9 +197,9 @@ def claim_table(rows, base="uniform deeper", few=2, many=8) -> str:
     """Return the paper's claim as a test: each arm in `few` steps against the base arm in `many`.
 
     A line an arm and score: the differences seed by seed, their mean ± half the width of its 95 %
-    confidence interval (Student's t): a smaller difference could not have been seen.
+    confidence interval (Student's t): differences inside it cannot be told from none.
     """
-    cells = {(row["arm"], row["seed"], row["steps"]): row for row in best_way(rows)}
+    cells = {(row["arm"], row["seed"], row["steps"]): row for row in fullest_way(rows)}
     pairs, lines = {}, []
     for (arm, seed, steps), row in cells.items():
         if steps == few and arm != base and (base, seed, many) in cells:

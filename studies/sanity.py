@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import fvd
 from canvas import clip_generator
+from studies.evidence import ImageNet
 from studies.sweep import TITLES
 from support import metrics, options, protocols, report, runs, storage
 from support.protocols import Run, collect, object_figures
@@ -67,6 +68,8 @@ def main():
     run = Run(args, args.ckpt, args.protocol or protocols.protocol_of(args.ckpt))
     file = storage.make_file(args.out or runs.run_folder(args.ckpt) / "sanity.json")
     detectors = metrics.open_detectors(args.i3d, run.device)
+    if run.name != "pushing":  # whose pictures are simple
+        detectors.append(ImageNet().to(run.device).eval())
     made = {
         "tokenizer reconstruction": run.reconstruction,
         "samples": fvd.samples(run, run.seed),

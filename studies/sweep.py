@@ -72,8 +72,8 @@ TITLES = {
     "psnr": "PSNR",
     "ssim": "SSIM",
     "lpips": "LPIPS",
-    "right": "right frames",
-    "shaped": "and right shapes",
+    "right": "correct frames",
+    "shaped": "shape-correct frames",
     "speed_ratio": "speed ratio",
     "lost": "gripper lost",
 }

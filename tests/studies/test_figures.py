@@ -72,6 +72,6 @@ def test_the_claim_is_a_difference_seed_by_seed_with_its_confidence_interval():
     head, _, frechet, right, speed = figures.claim_table(few + other_way + many, "b").splitlines()
     assert head.startswith("| arm, S = 2 | cost over b, S = 8 | score |")
     assert frechet.startswith("| a | 0.25 | Fréchet") and frechet.endswith("| 0, 0 | 0 ± 0 |")
-    assert right == "| a | 0.25 | right frames | 0.2, 0.1 | 0.15 ± 0.64 |"
+    assert right == "| a | 0.25 | correct frames | 0.2, 0.1 | 0.15 ± 0.64 |"
     one = figures.claim_table([row for row in few + many if row["seed"] == 0], base="b")
     assert one.splitlines()[-2].endswith("| 0.2 |  |") and speed.endswith("| 0, 0 | 0 ± 0 |")
