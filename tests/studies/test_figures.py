@@ -69,9 +69,11 @@ def test_the_claim_is_a_difference_seed_by_seed_with_its_confidence_interval():
     few, many = rows(steps=2, flops=1e6, speed=1.0), rows(steps=8, flops=4e6, speed=1.0)
     few[0]["right"] = 0.6  # the differences are 0.2 and 0.1, their deviation 0.0707
     other_way = rows(steps=2, cfg_temporal=1.0, flops=1e6, speed=1.0)  # of fewer S
-    head, _, frechet, right, speed = figures.claim_table(few + other_way + many, "b").splitlines()
+    table = figures.claim_table(few + other_way + many, "b").splitlines()
+    head, _, frechet, right, speed, *own = table
     assert head.startswith("| arm, S = 2 | cost over b, S = 8 | score |")
     assert frechet.startswith("| a | 0.25 | Fréchet") and frechet.endswith("| 0, 0 | 0 ± 0 |")
     assert right == "| a | 0.25 | correct frames | 0.2, 0.1 | 0.15 ± 0.64 |"
     one = figures.claim_table([row for row in few + many if row["seed"] == 0], base="b")
-    assert one.splitlines()[-2].endswith("| 0.2 |  |") and speed.endswith("| 0, 0 | 0 ± 0 |")
+    assert one.splitlines()[3].endswith("| 0.2 |  |") and speed.endswith("| 0, 0 | 0 ± 0 |")
+    assert len(own) == 3 and all(row.startswith("| b | 0.25 | ") for row in own)
