@@ -112,11 +112,12 @@ def merit(row) -> float:
 
 
 def fullest_way(rows) -> list[dict]:
-    """Return of each arm's rows those of the way with most values of S, then with most merit."""
+    """Return of each arm's rows those of the way with most cells, then with most merit."""
     best = {}
     for row in rows:
         ways = best.setdefault(row["arm"], {})
-        ways.setdefault(tuple(row[k] for k in WAY), {})[row["steps"]] = merit(row)
+        way = ways.setdefault(tuple(row[k] for k in WAY), {})
+        way[row["seed"], row["steps"]] = merit(row)
     for arm, ways in best.items():
         best[arm] = max(ways, key=lambda way: (len(ways[way]), sum(ways[way].values())))
     return [row for row in rows if tuple(row[k] for k in WAY) == best[row["arm"]]]

@@ -68,7 +68,8 @@ def test_losses_are_told_by_arm_and_level_of_noise():
 def test_the_claim_is_a_difference_seed_by_seed_with_its_confidence_interval():
     few, many = rows(steps=2, flops=1e6, speed=1.0), rows(steps=8, flops=4e6, speed=1.0)
     few[0]["right"] = 0.6  # the differences are 0.2 and 0.1, their deviation 0.0707
-    other_way = rows(steps=2, cfg_temporal=1.0, flops=1e6, speed=1.0)  # of fewer S
+    way = {"cfg_temporal": 1.0, "flops": 1e6, "speed": 1.0}  # of more S, of fewer cells
+    other_way = [rows(steps=steps, **way)[0] for steps in (1, 2, 4)]
     table = figures.claim_table(few + other_way + many, "b").splitlines()
     head, _, frechet, right, speed, *own = table
     assert head.startswith("| arm, S = 2 | cost over b, S = 8 | score |")
