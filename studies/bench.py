@@ -43,7 +43,7 @@ class Bench:
         if self.device.type == "cuda":
             self.name = torch.cuda.get_device_name()
         self.figures = {
-            "command": sys.argv,
+            "command": ["studies/bench.py", *sys.argv[1:]],
             "device": self.name,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
