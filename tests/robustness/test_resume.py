@@ -202,7 +202,9 @@ def kill_often(train_here, tmp_path, options, kills, in_saves, seed=0):
     Returns (an unbroken run, that one, how often a checkpoint was really being written).
     """
     whole, broken, draw = tmp_path / "whole", tmp_path / "broken", random.Random(seed)
+    begin = time.monotonic()
     assert train_here(whole, *options)[0] == 0
+    life = min(1, (time.monotonic() - begin) / (kills + 1))  # seconds; together less than the run
     inside, plan = 0, [True] * in_saves + [False] * (kills - in_saves)
     draw.shuffle(plan)
     for in_save in plan:
@@ -211,11 +213,11 @@ def kill_often(train_here, tmp_path, options, kills, in_saves, seed=0):
             if in_save:  # once it has come further
                 while newest(broken) <= before:
                     time.sleep(0.01)
-                time.sleep(draw.uniform(0, 0.3))
+                time.sleep(draw.uniform(0, 0.3 * life))
                 while not any(broken.glob("*.pt.tmp")):
                     pass
             else:
-                time.sleep(draw.uniform(0, 1))
+                time.sleep(draw.uniform(0, life))
             os.kill(pid, signal.SIGKILL)
         assert not (broken / "samples" / "samples.npz").exists(), "it was done: give it more steps"
         inside += any(broken.glob("*.pt.tmp"))
