@@ -10,15 +10,15 @@ Three sources: `pushing` (pushing.py), `bair` (bair.py), and `folder`, any tree 
 import hashlib
 import os
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from support.bair import Bair
 from support.config import Data, UserError, warn
+from support.machine import load_batches
 from support.pushing import Pushing
 from support.video import Unreadable, read_frames, read_index, to_tensor
 
@@ -81,19 +81,8 @@ def loader(
     out each epoch exactly and a run that resumes at batch n sees what the unbroken run would have.
     """
     begins = range((first * ranks + rank) * batch, (last * ranks + rank) * batch, ranks * batch)
-    return DataLoader(
-        Stream(source, seed),
-        batch_sampler=(range(begin, begin + batch) for begin in begins),
-        num_workers=workers,
-        worker_init_fn=_ignore_signals,
-        pin_memory=pin,
-    )
-
-
-def _ignore_signals(_worker):
-    """Ctrl-c and a scheduler's SIGTERM reach all processes; the training one ends its workers."""
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    batches = (range(begin, begin + batch) for begin in begins)
+    return load_batches(Stream(source, seed), workers, batch_sampler=batches, pin_memory=pin)
 
 
 # ------------------------------------------------------------------------------- folders of videos
@@ -122,10 +111,8 @@ class Folder:
             of = f"than a clip of the {split} split ({self.need} frames)"
             warn(f"{short} of {len(index)} videos are shorter {of} and left out")
         if not self.videos:
-            raise UserError(
-                f"no video of at least {self.need} frames in {data.path} for the {split} split; "
-                "fewer or closer frames may help"
-            )
+            what = f"no video of at least {self.need} frames in {data.path} for the {split} split"
+            raise UserError(f"{what}; fewer or closer frames may help")
 
     def __len__(self):
         return len(self.videos)

@@ -17,6 +17,7 @@ from typing import Callable
 import torch
 import torch.distributed as dist
 from torch.utils._triton import has_triton
+from torch.utils.data import DataLoader
 
 from support.config import Config, UserError
 
@@ -117,6 +118,34 @@ def _handle_signals(machine: Machine) -> None:
     signal.signal(signal.SIGTERM, stop)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, stop)  # ignored under nohup
+
+
+def load_batches(dataset, workers: int, **options):
+    """Yield what a DataLoader yields. Raises UserError where one of its processes has died.
+
+    That is noticed here alone: torch's own handler of SIGCHLD raises wherever the script happens to
+    be, also while it says what went wrong.
+    """
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    options |= dict(num_workers=workers, worker_init_fn=_ignore_signals)
+    try:
+        batches = iter(DataLoader(dataset, **options))
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if not workers or "in DataLoader worker process" in text:  # what the dataset raised
+            raise
+        what = f"a process that prepares data died ({text[:150]})"
+        remedy = "if memory was short, data.workers=0 helps; the same command goes on"
+        raise UserError(f"{what}; {remedy}") from None
+
+
+def _ignore_signals(_worker):
+    """Ctrl-c and a scheduler's SIGTERM reach all processes; the main one ends its workers."""
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def rendezvous(rank: int, ranks: int) -> dist.Store:

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, StackDataset
+from torch.utils.data import Dataset, StackDataset
 
 from canvas import validate
 from support import config, data, fast, metrics, options, runs
 from support.config import UserError, progress_bar
-from support.machine import autocast, pick_device
+from support.machine import autocast, load_batches, pick_device
 from support.pushing import object_measures
 from support.video import to_uint8
 
@@ -91,10 +91,8 @@ class Run:
         for key, needed in (("name", p.data), ("size", p.size)):
             trained = getattr(cfg.data, key)
             if needed and trained != needed:
-                raise UserError(
-                    f"--protocol {name} needs a model trained on data.{key}={needed}; "
-                    f"{ckpt} was trained on data.{key}={trained}"
-                )
+                what = f"--protocol {name} needs a model trained on data.{key}={needed}"
+                raise UserError(f"{what}; {ckpt} was trained on data.{key}={trained}")
         if given.get("compile"):
             fast.compile_parts(self.model)
         self.start, index = p.start, runs.run_folder(ckpt) / "index.json"
@@ -175,7 +173,7 @@ def collect(run: Run, kinds: dict, detectors: list, floor=False, losses=True) ->
     sources = {"real": SourceClips(run.test, run.indices, run.start)}
     if floor:
         sources["floor"] = SourceClips(run.train, run.others, run.start)
-    loader = DataLoader(StackDataset(**sources), run.batch, num_workers=run.cfg.data.workers)
+    loader = load_batches(StackDataset(**sources), run.cfg.data.workers, batch_size=run.batch)
     measured, parts = defaultdict(list), []
     every = [*sources, *kinds]
     with progress_bar(total=len(run.indices) * len(every), desc="scoring", unit="clip") as bar:

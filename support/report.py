@@ -59,10 +59,8 @@ def report(s: dict) -> None:
 def report_files(s: dict) -> None:
     """Print the scores of two sets of clips."""
     (real, generated), (frames, height, width, _) = s["clips"], s["shape"]
-    print(
-        f"{real} real and {generated} generated clips of {frames} frames at {width}x{height}; "
-        "covariances over n - 1"
-    )
+    size = f"{frames} frames at {width}x{height}"
+    print(f"{real} real and {generated} generated clips of {size}; covariances over n - 1")
     for name, d in [(name, s[name]) for name in ("offline", "i3d") if name in s]:
         which = f"(detector sha256 {d['sha256']})"
         print(f"{_distance(name, d)}: {d['frechet']:.2f} {which}{_other_scores(d)}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -265,15 +264,9 @@ def explain_errors(machine):
     except RuntimeError as error:
         text = " ".join(str(error).split())
         lost = re.search("connection (closed|reset)|broken pipe|read error|gloo", text, re.I)
-        if re.search(r"DataLoader worker \(pid", text):
-            if hasattr(signal, "SIGCHLD"):  # torch raises it again for every worker that ends
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            remedy = "often memory is short, then data.workers=0 helps"
-            why = f"a process that prepares data died ({text[:150]}); {remedy}"
-        elif machine.ranks > 1 and (lost or isinstance(error, dist.DistError)):
-            why = f"process {machine.rank} lost another one, or cannot reach it ({text[:300]})"
-        else:
+        if machine.ranks == 1 or not (lost or isinstance(error, dist.DistError)):
             raise
+        why = f"process {machine.rank} lost another one, or cannot reach it ({text[:300]})"
         raise UserError(f"{why}; the same command goes on from the last checkpoint") from None
 
 

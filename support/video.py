@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from support.config import UserError, progress_bar, require, warn
+from support.config import UserError, progress_bar, require, warn, write_text
+from support.machine import load_batches
 
 VERSION = 2  # of the index file; one of another version is made anew
 MAX_WARNINGS = 20  # that name a file; the index file names all
@@ -79,18 +79,13 @@ def read_index(root: Path, cache=None) -> dict:
 
 
 def _save(index, root: Path, cache):
-    """Write the index file, atomically; several processes may do so at once."""
-    if not cache:
-        return
-    temporary = f"{cache}.{os.getpid()}.tmp"
+    """Write the index file, if it is to be kept."""
     content = {"version": VERSION, "root": os.fspath(root.resolve()), "videos": index}
     try:
-        Path(temporary).write_text(json.dumps(content), encoding="utf-8")
-        os.replace(temporary, cache)
+        if cache:
+            write_text(cache, json.dumps(content))
     except OSError as error:
         warn(f"the index cannot be kept in {cache}: {error.strerror}")
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
 
 
 def _load(cache, root: Path, stamps) -> dict:
@@ -121,8 +116,8 @@ def _probe_all(paths: list[Path]):
     """Return the index entries of videos, in their order, found on all cores if there are many."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = cores if len(paths) > 500 else 0
-    entries = DataLoader(paths, batch_size=None, num_workers=workers, collate_fn=probe)
-    return progress_bar(entries, "indexing", unit="video", disable=len(paths) < 100)
+    entries, count = load_batches(paths, workers, batch_size=None, collate_fn=probe), len(paths)
+    return progress_bar(entries, "indexing", count, unit="video", disable=count < 100)
 
 
 def find_videos(root: Path) -> dict[str, list[int]]:
