@@ -186,7 +186,7 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
     if machine.ranks > 1:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=ids)
-    batches = iter(remaining_batches(cfg, machine, source, stage, done))
+    batches = remaining_batches(cfg, machine, source, stage, done)
     bad = torch.zeros((), dtype=torch.long, device=device)  # the first step that was not finite
     net.train()
     step, stop = done, 0

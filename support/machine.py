@@ -121,25 +121,26 @@ def _handle_signals(machine: Machine) -> None:
 
 
 def load_batches(dataset, workers: int, **options):
-    """Yield what a DataLoader yields. Raises UserError where one of its processes has died.
+    """Return an iterator over a DataLoader. Only its `next` raises UserError for a dead process.
 
-    That is noticed here alone: torch's own handler of SIGCHLD raises wherever the script happens to
-    be, also while it says what went wrong.
+    Torch's own handler of SIGCHLD would raise anywhere, also while it is said what went wrong.
     """
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     options |= dict(num_workers=workers, worker_init_fn=_ignore_signals)
+    batches = iter(DataLoader(dataset, **options))
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return _explain_deaths(batches, workers)
+
+
+def _explain_deaths(batches, workers):
     try:
-        batches = iter(DataLoader(dataset, **options))
-        if handler is not None:
-            signal.signal(signal.SIGCHLD, handler)
         yield from batches
     except (RuntimeError, OSError, EOFError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         if not workers or "in DataLoader worker process" in text:  # what the dataset raised
             raise
-        what = f"a process that prepares data died ({text[:150]})"
-        remedy = "if memory was short, data.workers=0 helps; the same command goes on"
-        raise UserError(f"{what}; {remedy}") from None
+        what = f"a process that prepares data died ({text[:150]}); if memory was short"
+        raise UserError(f"{what}, data.workers=0 helps; the same command goes on") from None
 
 
 def _ignore_signals(_worker):

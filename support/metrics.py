@@ -120,8 +120,7 @@ def detect_features(detector, video, batch=64) -> torch.Tensor:
 
 def add_options(parser):
     """Add the options of all that scores: detector, clips at once, device."""
-    about = "i3d_torchscript.pt: also FVD, KVD, precision and recall on I3D"
-    parser.add_argument("--i3d", help=about)
+    parser.add_argument("--i3d", help="i3d_torchscript.pt: also FVD, KVD, precision, recall on I3D")
     options.add_device(parser)
 
 
