@@ -95,11 +95,9 @@ def open_both(args) -> tuple[Clips, Clips]:
 def pair(real: list[str], generated: list[str]) -> list[int]:
     """Return the place of each real name among the generated. Raises UserError if they differ."""
     if odd := sorted(set(real) ^ set(generated)):
-        numbers = f"{len(real)} and {len(generated)} here"
-        raise UserError(
-            f"--paired needs the same clips in both ({numbers}; in folders, the same names, video "
-            f"files without suffix); {odd[0]} is in one only"
-        )
+        rule = "in folders, the same names, video files without suffix"
+        what = f"the same clips in both ({len(real)} and {len(generated)} here; {rule})"
+        raise UserError(f"--paired needs {what}; {odd[0]} is in one only")
     place = {name: i for i, name in enumerate(generated)}
     return [place[name] for name in real]
 

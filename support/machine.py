@@ -1,8 +1,10 @@
 """Device and precision, the processes that torchrun starts, and the signals that end them."""
 
+import atexit
 import contextlib
 import ctypes
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -129,6 +131,7 @@ def load_batches(dataset, workers: int, **options):
     batches = iter(DataLoader(dataset, **options))
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    atexit.register(_end_workers)
     return _explain_deaths(batches, workers)
 
 
@@ -141,6 +144,12 @@ def _explain_deaths(batches, workers):
             raise
         what = f"a process that prepares data died ({text[:150]}); if memory was short"
         raise UserError(f"{what}, data.workers=0 helps; the same command goes on") from None
+
+
+def _end_workers():
+    """At exit, after an error that still holds them: Python would wait for its SIGTERM to do."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _ignore_signals(_worker):

@@ -89,10 +89,9 @@ class I3D(nn.Module):
         except torch.OutOfMemoryError:
             raise  # `config.user_message` says what helps
         except (RuntimeError, ValueError, torch.jit.Error) as error:
-            raise UserError(
-                f"{self.path} does not work as I3D on clips of shape {tuple(x.shape[1:])} (it "
-                f"needs about 10 frames): {str(error).strip().splitlines()[-1]}"
-            ) from None
+            why, of = str(error).strip().splitlines()[-1], f"clips of shape {tuple(x.shape[1:])}"
+            what = f"{self.path} does not work as I3D on {of} (it needs about 10 frames)"
+            raise UserError(f"{what}: {why}") from None
         return features.float()
 
 

@@ -233,8 +233,8 @@ def held_out_losses(run, real) -> dict:
 def object_figures(objects: dict, trajectories: list[str]) -> dict:
     """Return figures of the objects of `pushing`, {} of other data: see docs/SCORES.md.
 
-    Distances are in table widths; end_error is of the best sample of a clip. A gripper that was
-    not found has neither place nor speed: `lost` counts it.
+    Distances are in table widths. A gripper that was not found has neither place nor speed: `lost`
+    counts it.
     """
     if not objects:
         return {}
@@ -254,8 +254,6 @@ def object_figures(objects: dict, trajectories: list[str]) -> dict:
         paths = objects[a]["path"][:, frame] - objects[b]["path"][:, frame]
         return np.linalg.norm(paths, axis=-1)  # (clips,)
 
-    errors = [apart(kind, "real", -1) for kind in trajectories]
-    figures["end_error"] = known_mean(np.fmin.reduce(errors))
     for where, frame in (("ends", -1), ("first", 0)):
         figures[f"{where}_apart"] = known_mean(apart(*trajectories[:2], frame))
         if "other future" in objects:

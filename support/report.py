@@ -29,10 +29,8 @@ def report(s: dict) -> None:
         f"{s['context']}; {s['trajectories']} samples a clip, seeds from {s['seed']}; {settings}"
     )
     for name, d in s["detectors"].items():
-        print(
-            f"{_distance(name, d)} (context included, covariances over n - 1, detector "
-            f"{d['file'] or 'built in'}, sha256 {d['sha256']}):"
-        )
+        which = f"detector {d['file'] or 'built in'}, sha256 {d['sha256']}"
+        print(f"{_distance(name, d)} (context included, covariances over n - 1, {which}):")
         for key in [key for key in SETS if key in d]:
             print(f"  {SETS[key]:50s} {d[key]['frechet']:9.2f}{_other_scores(d[key])}")
         if s["trajectories"] > 1:
@@ -65,10 +63,8 @@ def report_files(s: dict) -> None:
         which = f"(detector sha256 {d['sha256']})"
         print(f"{_distance(name, d)}: {d['frechet']:.2f} {which}{_other_scores(d)}")
         if "floor" in d:
-            print(
-                f"  noise floor, two halves of the real clips ({real // 2} each, so higher than "
-                f"for all): {d['floor']['frechet']:.2f}"
-            )
+            halves = f"two halves of the real clips ({real // 2} each, so higher than for all)"
+            print(f"  noise floor, {halves}: {d['floor']['frechet']:.2f}")
     for name in [name for name in BEST if name in s]:
         _report_frames(name, f"{s[name]:.3f}")
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import ROOT, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from test_video import numbers, write_images, write_video
@@ -16,6 +19,7 @@ import sample
 from support import data
 from support import video
 from support.config import UserError, run_main
+from support.machine import load_batches
 
 
 @given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
@@ -60,6 +64,45 @@ def test_worker_processes_change_nothing():
     source = data.open_source(tiny().data, 0, "train", 2)
     plain, spread = (list(data.loader(source, 0, 4, 0, 5, workers=w)) for w in (0, 2))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(plain, spread))
+
+
+class Failing(torch.utils.data.Dataset):
+    def __init__(self, fail):
+        self.fail = fail
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return self.fail() if i == 5 else torch.zeros(1)
+
+
+def test_the_death_of_a_data_process_is_told_from_an_error_in_it():
+    """Wherever clips are loaded: a process that is gone is explained, a bug keeps its traceback."""
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def bug():
+        raise RuntimeError("a bug")
+
+    batches = load_batches(Failing(die), 2, batch_size=2)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # nothing is raised elsewhere
+    with pytest.raises(UserError, match=r"process that prepares data died \(.*data.workers=0"):
+        list(batches)
+    for workers in (0, 2):
+        with pytest.raises(RuntimeError, match="a bug"):
+            list(load_batches(Failing(bug), workers, batch_size=2))
+
+
+def test_data_processes_end_with_a_script_that_fails():
+    """Also while its traceback holds them, which then ignore SIGTERM."""
+    script = "from support.machine import load_batches as load; import torch"
+    script += "; batches = load(torch.zeros(99), 2); next(batches); 1 / 0"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
 # ------------------------------------------------------------------------------- folders of videos
