@@ -42,7 +42,7 @@ class CanvasMAR(nn.Module):
         prev = add_noise(past, draws.frame_eps, draws.frame_noise)  # (B, T, N, C)  frame i-1 at i
         z_t = self.temporal(prev)
         z_s, f_hat, static, extra = self.predict_canvas(z_t, prev, f, draws)
-        l_canvas, logs = self.canvas_losses(f, f_hat, static)
+        l_canvas, l_static, logs = self.canvas_losses(f, f_hat, static)
 
         if self.canvas is not None:
             z_s = add_noise(z_s, draws.canvas_eps, draws.canvas_noise)  # z_s', reported (Eq. 12)
@@ -56,8 +56,9 @@ class CanvasMAR(nn.Module):
         target = gather_tokens(f.flatten(1, 2), draws.index)  # (B, K, C)
         l_diff = self.head(target, c, draws.tau, draws.eps).mean()
 
-        loss = l_diff + l_canvas + sum(extra.values())  # extra: of subclasses
-        logs = {"loss": loss, "diffusion": l_diff} | extra | logs
+        loss = l_diff + (self.cfg.canvas_weight * l_canvas + l_static)
+        loss = loss + sum(extra.values())  # of subclasses
+        logs = {"diffusion": l_diff} | extra | logs
         return loss, {name: value.detach() for name, value in logs.items()}
 
     def predict_canvas(self, z_t, prev, target=None, draws=None, generators=None):
@@ -72,15 +73,14 @@ class CanvasMAR(nn.Module):
         return z_s, f_hat, static, {}
 
     def canvas_losses(self, f, f_hat, static):
-        """Return lambda L_canvas + L_static and the figures for the log."""
+        """Return L_canvas, L_static and the figures for the log, which are of frames 2..T."""
         if f_hat is None:
-            return 0.0, {}
+            return 0.0, 0.0, {}
         error = (f_hat.float() - f).square().mean(-1)  # (B, T, N)
         l_static = (static.float() - (-error.detach()).exp()).square().mean()
-        # Of frames 2..T: a canvas no better than a copy of the frame before has learned nothing.
+        # A canvas no better than a copy of the frame before has learned nothing.
         logs = {"canvas": error[:, 1:].mean(), "copy": (f[:, 1:] - f[:, :-1]).square().mean()}
-        logs["static"] = l_static
-        return self.cfg.canvas_weight * error.mean() + l_static, logs
+        return error.mean(), l_static, logs | {"static": l_static}
 
     def draw(self, generators: list[torch.Generator], frames: int, ratio: float | None = None):
         """Draw all random numbers of a training step, with one generator a clip, on its device.
@@ -154,9 +154,9 @@ def per_clip(kind, generators, *shape):
 class Temporal(nn.Module):
     """The temporal transformer: prev (B, T, N, C) -> z_t (B, T, N, D).
 
-    It is causal across frames and bidirectional within one. Each frame attends to the latest
-    `window` frames in training and in sampling alike, so that a long rollout looks back as far as
-    training did. The window, rotary time positions and the difference to the frame before are ours.
+    It is causal across frames and bidirectional within one. Each layer attends to the latest
+    `window` frames, in training and in sampling alike; z_t looks back depth (window - 1) + 1 of
+    them. The window, rotary time positions and the difference to the frame before are ours.
     """
 
     def __init__(self, channels, width, heads, depth, grid, window):
@@ -172,7 +172,7 @@ class Temporal(nn.Module):
         self.register_buffer("frequency", frequency, persistent=False)
 
     def forward(self, prev, cache: "Cache | None" = None):
-        """Return z_t of all frames; with a cache, prev are those after its frames: the same z_t."""
+        """Return z_t of prev; with a cache, prev holds the frames not yet in it: the same z_t."""
         first = cache.frames if cache else 0
         index = torch.arange(first, first + prev.shape[1], device=prev.device)
         earlier = torch.cat([cache.latest if first else prev[:, :1], prev[:, :-1]], dim=1)

@@ -55,7 +55,7 @@ class Block(nn.Module):
         self.grid, self.recompute = grid, False
         self.local = nn.Conv2d(width, width, 3, padding=1, groups=width)
         channels_last = self.local.weight.detach().to(memory_format=torch.channels_last)
-        self.local.weight = nn.Parameter(channels_last)  # as x lies in memory
+        self.local.weight = nn.Parameter(channels_last)  # its gradient's strides, or DDP warns
         self.norm1 = nn.LayerNorm(width)
         self.attention = (attention or Attention)(width, heads)
         self.norm2 = nn.LayerNorm(width)
@@ -123,7 +123,7 @@ def masked_count(frames: int, tokens: int) -> int:
 
     It is the same for every clip, so that all shapes are static.
     """
-    return max(1, round(frames * tokens * 2 / math.pi))
+    return round(frames * tokens * 2 / math.pi)
 
 
 def choose_masked(ratio, rank, count: int):
@@ -131,8 +131,8 @@ def choose_masked(ratio, rank, count: int):
 
     ratio (B, T) in [0, 1]; rank (B, T, N), each frame's random order of its tokens, 0..N-1.
     Returns indices (B, count) into T*N. A token is masked when its rank lies below ratio * N, up to
-    a shift common to the clip that makes the count exact. So a clip of T frames and 2/pi T N masked
-    tokens has at least 1 - (1 - 2/pi) T of any frame masked: 27 % for T = 2, nothing from T = 3 on.
+    a shift common to the clip that makes the count exact. A clip of two frames would never have one
+    with few masked tokens (2/pi of all leave at least 27 % each); one of three or more has.
     """
     score = ratio[..., None] - (rank + 0.5) / rank.shape[-1]
     return score.flatten(1).topk(count, dim=1).indices
@@ -152,8 +152,7 @@ def reveal_schedule(tokens: int, steps: int, order: str) -> list[int]:
     for s in range(1, steps + 1):
         angle = math.pi / 2 * s / steps
         fraction = 1 - math.cos(angle) if order == "random" else math.sin(angle)
-        known = max(known + 1, round(tokens * fraction))
-        known = tokens if s == steps else min(known, tokens - (steps - s))
+        known = min(max(known + 1, round(tokens * fraction)), tokens - (steps - s))
         schedule.append(known)
     return schedule
 

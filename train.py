@@ -194,9 +194,9 @@ def fit(cfg: Config, machine: Machine, source, stage: Stage) -> nn.Module:
         for step in range(done + 1, stage.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * stage.lr * lr_factor(step, t.warmup, stage.steps)
-            loss, logs = backward(cfg, machine, stage, wrapped, batches)
+            logs = backward(cfg, machine, stage, wrapped, batches)
             norm = update(net, ema, optimizer, t.clip, ema_decay(step, t.ema))
-            bad = torch.where((bad == 0) & ~torch.isfinite(loss + norm), step, bad)
+            bad = torch.where((bad == 0) & ~torch.isfinite(logs["loss"] + norm), step, bad)
             logs |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
             stop = machine.all_reduce_max(machine.stopped)
             line = after_step(cfg, machine, stage, ema, optimizer, step, logs, bad, stop)
@@ -269,7 +269,7 @@ def after_step(cfg, machine, stage, ema, optimizer, step, logs, bad, stop) -> di
 def backward(cfg, machine, stage, wrapped, batches):
     """Add up the gradients of `accumulate` batches, so that they equal those of one large batch.
 
-    Returns the means of their losses and logs.
+    Returns the means of their losses and figures.
     """
     mean = {}
     for part in range(stage.accumulate):
@@ -281,9 +281,9 @@ def backward(cfg, machine, stage, wrapped, batches):
         with autocast(machine.device, cfg.train.precision):
             loss, logs = wrapped(*inputs)
         (loss / stage.accumulate).backward()
-        for name, value in {"total": loss.detach(), **logs}.items():
+        for name, value in {"loss": loss.detach(), **logs}.items():
             mean[name] = mean.get(name, 0.0) + value / stage.accumulate
-    return mean.pop("total"), mean
+    return mean
 
 
 def make_optimizer(net, lr, weight_decay, device):

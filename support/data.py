@@ -29,12 +29,13 @@ def open_source(data: Data, seed: int, split: str, frames: int, cache=None):
     """Open the source `data.name`: `source.clip(index)` gives `frames` frames for any index >= 0.
 
     Indices beyond len(source) wrap to the same items; a video then gives another random stretch of
-    itself. With `clip(index, start=k)` the stretch begins at the item's frame k instead.
+    itself, or with `clip(index, start=k)` that from frame k. The test split does not heed `seed`.
     cache: file that keeps the index of a folder. Raises UserError if data.path holds no clips.
     """
     if data.name != "pushing" and not os.path.exists(data.path):
         where = "" if os.path.isabs(data.path) else f" in {os.getcwd()}, where this was started"
         raise UserError(f"there is no data.path={data.path}{where}")
+    seed = seed if split == "train" else 0
     if data.name == "folder":
         return Folder(data, seed, split, frames, cache)
     return {"pushing": Pushing, "bair": Bair}[data.name](data, seed, split, frames)

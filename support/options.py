@@ -44,8 +44,7 @@ def add_compile(parser):
 
 def add_sampling(parser, skip=()):
     """Add --seed and the keys of the `sample` section, and those of `choice` about sampling."""
-    about = "another seed gives other futures (default: the run's)"
-    parser.add_argument("--seed", type=int, help=about)
+    parser.add_argument("--seed", type=int, help="other seed, other futures (default: the run's)")
     for section, f, name in sampling_keys():
         if name not in skip:
             of = " | ".join(map(str, f.metadata.get("choices", ())))

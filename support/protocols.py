@@ -99,7 +99,7 @@ class Run:
         self.test, self.train = (
             data.open_source(cfg.data, 0, split, cfg.sample.frames, index)
             for split in ("test", "train")
-        )  # seed 0: the test clips are the same whatever the run's seed is
+        )
         self.indices = data.evenly_spaced(self.test, min(args.clips or p.clips, len(self.test)))
         metrics.check_counts(len(self.indices))
         self.others = data.evenly_spaced(self.train, len(self.indices))

@@ -208,7 +208,8 @@ def test_staticness_learns_the_exponential_of_the_error_and_moves_nothing_else(e
     model = tiny_model()
     f, f_hat = clips(model), (clips(model) + error).requires_grad_()
     static = torch.full(f.shape[:-1], 0.5, requires_grad=True)
-    (model.canvas_losses(f, f_hat, static)[0]).backward()
+    l_canvas, l_static, _ = model.canvas_losses(f, f_hat, static)
+    (model.cfg.canvas_weight * l_canvas + l_static).backward()
     target = torch.exp(-(torch.tensor(error) ** 2))
     assert 0 < target <= 1
     torch.testing.assert_close(
