@@ -97,6 +97,7 @@ class CanvasMAR(nn.Module):
         ratios = mask_ratio((stratum + u) / frames) if ratio is None else torch.full_like(u, ratio)
         index = choose_masked(ratios, rand(frames, N).argsort(-1), K)  # (B, K)
         drop = rand(2)[..., None, None, None]
+        both = (drop[:, 0] < m.drop_temporal) & m.drop_nested
         # Drawn for every token, so that a token's noise is the same at every mask ratio.
         tau = rand(R, frames * N).gather(2, index[:, None].expand(-1, R, -1))
         eps = gather_tokens(randn(frames * N, R, self.channels).flatten(2), index)
@@ -108,7 +109,7 @@ class CanvasMAR(nn.Module):
             canvas_noise=m.canvas_noise_max * rand(frames)[..., None, None],
             canvas_eps=randn(frames, N, m.width),
             drop_temporal=drop[:, 0] < m.drop_temporal,
-            drop_canvas=drop[:, 1] < m.drop_canvas,
+            drop_canvas=(drop[:, 1] < m.drop_canvas) | both,
             frame_noise=low + (high - low) * rand(frames)[..., None, None],
             frame_eps=randn(frames, N, self.channels),
         )

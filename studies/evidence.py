@@ -87,6 +87,7 @@ class Plan:
             "lambda 1": {"model.canvas_weight": 1.0},
             "uniform": uniform,
             "uniform deeper": uniform | {"model.mar_depth": m.mar_depth + m.canvas_depth},
+            "nested dropping": {"model.drop_nested": True},
             "wide noise": wide,  # down to none
             "less noise": wide | {"model.frame_noise_max": 0.3},
             "choosing canvas": {"choice.latent": 16},

@@ -199,6 +199,7 @@ class Model:
     canvas_weight: float = bounded(0)
     drop_temporal: float = bounded(0, 1)
     drop_canvas: float = bounded(0, 1)
+    drop_nested: bool
     diffusion_repeat: int = bounded(1, 1024)
 
 
