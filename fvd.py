@@ -103,11 +103,11 @@ def summarise(detectors, collected, trajectories: list[str], pooled: bool, slow=
         kinds |= {kind: f[kind] for kind in ("floor", "reconstruction") if kind in f}
         each = [set_scores(f["real"], f[kind], d.standardise, slow) for kind in trajectories]
         values = {key: [scores[key] for scores in each] for key in each[0]}
-        spread = min(1, len(each) - 1)  # degrees of freedom that the mean takes
+        ddof = min(1, len(each) - 1)  # the degree of freedom that the mean takes
         sets[d.name] = metrics.describe(d) | {
             "each": each,
             "mean": {key: float(np.mean(v)) for key, v in values.items()},
-            "std": {key: float(np.std(v, ddof=spread)) for key, v in values.items()},
+            "std": {key: float(np.std(v, ddof=ddof)) for key, v in values.items()},
             **{k: set_scores(f["real"], x, d.standardise, slow) for k, x in kinds.items()},
         }
     return {
