@@ -73,9 +73,7 @@ class Stream(Dataset):
         return self.source.clip(self.index(position)), position
 
 
-def loader(
-    source, seed: int, batch: int, first: int, last: int, rank=0, ranks=1, workers=0, pin=False
-):
+def loader(source, seed, batch, first, last, rank=0, ranks=1, workers=0, pin=False):
     """Load batches `first` to `last`: clips (batch, T, 3, H, W) and their positions (batch,).
 
     Batch n of rank r holds the positions n*ranks*batch + r*batch + (0..batch-1), so the ranks share

@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader
 
 from support.config import Config, UserError
 
+ENDING = {getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)}
+
 
 @dataclass
 class Machine:
@@ -108,12 +110,13 @@ def _handle_signals(machine: Machine) -> None:
                 os.write(2, f"\n{text}\n".encode())  # print may be what was interrupted
 
     def stop(number, _frame):
-        again = machine.stopped and time.monotonic() > machine.asked + 2
-        if not machine.busy or again:
+        first, now = not machine.stopped, time.monotonic()
+        if first:
+            machine.stopped, machine.asked = number, now
+        if now > machine.asked + 2 or (first and not machine.busy):
             tell("stopped at once; the same command goes on from what was saved")
             sys.exit(128 + number)
-        if not machine.stopped:
-            machine.stopped, machine.asked = number, time.monotonic()
+        if first:
             tell("stopping after this step; once more stops at once")
 
     signal.signal(signal.SIGINT, stop)
@@ -127,35 +130,38 @@ def load_batches(dataset, workers: int, **options):
 
     Torch's own handler of SIGCHLD would raise anywhere, also while it is said what went wrong.
     """
-    options |= dict(num_workers=workers, worker_init_fn=_ignore_signals)
-    batches = iter(DataLoader(dataset, **options))
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    batches = _load_batches(dataset, workers, options)
+    next(batches)  # the processes are started at once
+    return batches
+
+
+def _load_batches(dataset, workers, options):
     atexit.register(_end_workers)
-    return _explain_deaths(batches, workers)
-
-
-def _explain_deaths(batches, workers):
     try:
-        yield from batches
+        with contextlib.ExitStack() as stack:
+            if hasattr(signal, "pthread_sigmask"):  # not on Windows
+                # Ctrl-c and a scheduler's SIGTERM reach all processes; the main one ends them.
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+                stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+                stack.callback(signal.signal, signal.SIGCHLD, signal.SIG_DFL)
+            loaded = iter(DataLoader(dataset, num_workers=workers, **options))
+        yield
+        yield from loaded
     except (RuntimeError, OSError, EOFError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        if not workers or "in DataLoader worker process" in text:  # what the dataset raised
+        _end_workers()
+        text = " ".join(str(error).split())
+        bug = "in DataLoader worker process" in text and "</torch_" not in text  # shared memory
+        if not workers or bug:
             raise
-        what = f"a process that prepares data died ({text[:150]}); if memory was short"
+        why = text.rpartition("Error: ")[2][:150] or type(error).__name__
+        what = f"a process that prepares data died ({why}); if memory or /dev/shm was short"
         raise UserError(f"{what}, data.workers=0 helps; the same command goes on") from None
 
 
 def _end_workers():
-    """At exit, after an error that still holds them: Python would wait for its SIGTERM to do."""
+    """Also at exit, as an error may still hold them: Python would wait for its SIGTERM to do."""
     for process in multiprocessing.active_children():
         process.kill()
-
-
-def _ignore_signals(_worker):
-    """Ctrl-c and a scheduler's SIGTERM reach all processes; the main one ends its workers."""
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def rendezvous(rank: int, ranks: int) -> dist.Store:

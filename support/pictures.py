@@ -111,10 +111,8 @@ def write_gif(samples, truth, context, path, clips=8, fps=4, pixels=96):
     movie = tile(both, len(both) // len(videos), max(1, pixels // samples.shape[3]))
     bar = np.full_like(movie[:, :6], 150)
     bar[context:] = (60, 180, 75)
-    images = [
-        Image.fromarray(image).quantize(128, dither=Image.Dither.NONE)
-        for image in np.concatenate([bar, movie], axis=1)
-    ]
+    pictures = map(Image.fromarray, np.concatenate([bar, movie], axis=1))
+    images = [picture.quantize(128, dither=Image.Dither.NONE) for picture in pictures]
     durations = [1000 // fps] * (len(images) - 1) + [1000]
     with replacing(path) as file:
         options = dict(save_all=True, append_images=images[1:], duration=durations, loop=0)

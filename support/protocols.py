@@ -96,10 +96,8 @@ class Run:
         if given.get("compile"):
             fast.compile_parts(self.model)
         self.start, index = p.start, runs.run_folder(ckpt) / "index.json"
-        self.test, self.train = (
-            data.open_source(cfg.data, 0, split, cfg.sample.frames, index)
-            for split in ("test", "train")
-        )
+        T = cfg.sample.frames
+        self.train, self.test = (data.open_source(cfg.data, 0, s, T, index) for s in data.SPLITS)
         self.indices = data.evenly_spaced(self.test, min(args.clips or p.clips, len(self.test)))
         metrics.check_counts(len(self.indices))
         self.others = data.evenly_spaced(self.train, len(self.indices))

@@ -50,7 +50,7 @@ def load_run(path, device, args=None) -> tuple[Config, CanvasMAR, Tokenizer]:
     beside = file.parent / "config.yaml"
     if "net" in stored and beside.exists():  # it may have been edited since; not of an export
         now = config.to_dict(config.load(beside))
-        tree["data"] |= {key: now["data"][key] for key in ("path", "test_list")}
+        tree["data"] |= {key: now["data"][key] for key in ("path", "test_list", "workers")}
         tree["choice"] |= {key: now["choice"][key] for key in SAMPLING}
         tree["sample"] = now["sample"]
     for section, f, name in sampling_keys():

@@ -86,23 +86,33 @@ def test_the_death_of_a_data_process_is_told_from_an_error_in_it():
     def bug():
         raise RuntimeError("a bug")
 
-    batches = load_batches(Failing(die), 2, batch_size=2)
-    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # nothing is raised elsewhere
-    with pytest.raises(UserError, match=r"process that prepares data died \(.*data.workers=0"):
-        list(batches)
+    def full():
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space")
+
+    for fail, why in ((die, ".*"), (full, "unable to allocate shared memory.*No space")):
+        batches = load_batches(Failing(fail), 2, batch_size=2)
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # nothing is raised elsewhere
+        what = rf"process that prepares data died \({why}\); if memory or /dev/shm .*data.workers=0"
+        with pytest.raises(UserError, match=what):
+            list(batches)
     for workers in (0, 2):
         with pytest.raises(RuntimeError, match="a bug"):
             list(load_batches(Failing(bug), workers, batch_size=2))
 
 
-def test_data_processes_end_with_a_script_that_fails():
-    """Also while its traceback holds them, which then ignore SIGTERM."""
-    script = "from support.machine import load_batches as load; import torch"
-    script += "; batches = load(torch.zeros(99), 2); next(batches); 1 / 0"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1 and done.stderr.endswith("ZeroDivisionError: division by zero\n")
+FAILS = {  # after the import: words on stderr
+    "batches = load(torch.zeros(99), 2); next(batches); 1 / 0": "ZeroDivisionError",
+    "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); load(torch.zeros(99), 40)": "goes on",
+}
+
+
+@pytest.mark.parametrize("script", FAILS)
+def test_data_processes_end_with_a_script_that_fails(script):
+    """Also while its traceback holds them, which do not heed SIGTERM, and while they start."""
+    script = f"from support.machine import load_batches as load; import resource, torch; {script}"
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and FAILS[script.partition("torch; ")[2]] in done.stderr
 
 
 # ------------------------------------------------------------------------------- folders of videos
