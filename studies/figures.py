@@ -88,7 +88,8 @@ def panels(count):
 
 def save(fig, ax, path):
     """Write the figure, with the legend of one of its axes."""
-    ax.legend(fontsize=7)
+    of = ax.get_legend_handles_labels()
+    fig.legend(*of, loc="outside lower center", ncols=8, fontsize=7)
     fig.savefig(path, dpi=110)
     return path
 
