@@ -119,10 +119,9 @@ def _handle_signals(machine: Machine) -> None:
         if first:
             tell("stopping after this step; once more stops at once")
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, stop)  # ignored under nohup
+    for each in ENDING:
+        if each.name != "SIGHUP" or signal.getsignal(each) != signal.SIG_IGN:  # as under nohup
+            signal.signal(each, stop)
 
 
 def load_batches(dataset, workers: int, **options):
@@ -130,6 +129,8 @@ def load_batches(dataset, workers: int, **options):
 
     Torch's own handler of SIGCHLD would raise anywhere, also while it is said what went wrong.
     """
+    if not workers:
+        return iter(DataLoader(dataset, **options))
     batches = _load_batches(dataset, workers, options)
     next(batches)  # the processes are started at once
     return batches
@@ -139,8 +140,7 @@ def _load_batches(dataset, workers, options):
     atexit.register(_end_workers)
     try:
         with contextlib.ExitStack() as stack:
-            if hasattr(signal, "pthread_sigmask"):  # not on Windows
-                # Ctrl-c and a scheduler's SIGTERM reach all processes; the main one ends them.
+            if hasattr(signal, "pthread_sigmask"):  # not on Windows; ctrl-c is for the main process
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
                 stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
                 stack.callback(signal.signal, signal.SIGCHLD, signal.SIG_DFL)
@@ -150,9 +150,8 @@ def _load_batches(dataset, workers, options):
     except (RuntimeError, OSError, EOFError) as error:
         _end_workers()
         text = " ".join(str(error).split())
-        bug = "in DataLoader worker process" in text and "</torch_" not in text  # shared memory
-        if not workers or bug:
-            raise
+        if "in DataLoader worker process" in text and "</torch_" not in text:  # but shared memory
+            raise  # a bug
         why = text.rpartition("Error: ")[2][:150] or type(error).__name__
         what = f"a process that prepares data died ({why}); if memory or /dev/shm was short"
         raise UserError(f"{what}, data.workers=0 helps; the same command goes on") from None

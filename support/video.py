@@ -66,7 +66,7 @@ def read_index(root: Path, cache=None) -> dict:
     new = [name for name in stamps if name not in index]
     for count, (name, entry) in enumerate(zip(new, _probe_all([root / n for n in new])), start=1):
         index[name] = {"stamp": stamps[name]} | entry
-        if count % 20_000 == 0 or count == len(new):  # indexing a large tree takes long
+        if cache and (count % 20_000 == 0 or count == len(new)):  # a large tree takes long
             _save(index, root, cache)
     for name in [name for name in new if "skip" in index[name]][:MAX_WARNINGS]:
         warn(f"{root / name} is left out: {index[name]['skip']}")
@@ -79,11 +79,12 @@ def read_index(root: Path, cache=None) -> dict:
 
 
 def _save(index, root: Path, cache):
-    """Write the index file, if it is to be kept."""
+    """Write the index file, atomically; several processes may do so at once."""
     content = {"version": VERSION, "root": os.fspath(root.resolve()), "videos": index}
+    own = f"{cache}.{os.getpid()}"
     try:
-        if cache:
-            write_text(cache, json.dumps(content))
+        write_text(own, json.dumps(content))
+        os.replace(own, cache)
     except OSError as error:
         warn(f"the index cannot be kept in {cache}: {error.strerror}")
 
